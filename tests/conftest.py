@@ -1,0 +1,39 @@
+"""What several test files share: a tiny model whose every weight matters."""
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from tiny_dit import Config, TinyDiT  # noqa: E402
+
+WORDS = ("a", "red", "blue", "seven", "two", "on")
+
+
+def random_model(seed=0, **settings):
+    """A TinyDiT with random weights everywhere, also where adaLN-Zero starts at zero, in float64."""
+    torch.manual_seed(seed)
+    model = TinyDiT(Config(**{**dict(width=32, heads=4, depth=6, text_depth=3, vocabulary=WORDS), **settings}))
+    for name, parameter in model.named_parameters():
+        if name.endswith(("q_norm.weight", "k_norm.weight")):
+            torch.nn.init.constant_(parameter, 2.0)  # attention far from uniform
+        elif parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=parameter.shape[1]**-0.5)
+        else:
+            torch.nn.init.normal_(parameter, std=0.7)
+    return model.double().eval().requires_grad_(False)
+
+
+@pytest.fixture
+def model():
+    return random_model()
+
+
+@pytest.fixture
+def inputs(model):
+    """x (4, 3, 8, 8), t (4,), condition (4, L, W)."""
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(4, 3, 8, 8, generator=generator, dtype=torch.float64)
+    return x, torch.full((4,), 0.6), model.encode(["a red seven", "a blue two on red", "seven", ""])

@@ -1,0 +1,335 @@
+"""The data loader: captions and colours, the official file formats, downloads from a local server, hostile archives."""
+import gzip
+import hashlib
+import io
+import pickle
+import socket
+import tarfile
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from experiments import data
+
+BODY = bytes(range(256)) * 1000
+RECORDS = np.random.default_rng(0).integers(0, 256, (12, 3073), np.uint8)
+RECORDS[:, 0] = np.arange(12) % 10
+BATCHES = [f"data_batch_{i}.bin" for i in range(1, 6)] + ["test_batch.bin"]
+INNER = "cifar-10-batches-bin"
+
+
+def http(body, length=None, status="200 OK"):
+    """The bytes of a whole HTTP reply, with a wrong Content-Length if `length` is given."""
+    length = len(body) if length is None else length
+    return f"HTTP/1.1 {status}\r\nContent-Length: {length}\r\nConnection: close\r\n\r\n".encode() + body
+
+
+@pytest.fixture
+def web(monkeypatch):
+    """A server on 127.0.0.1: `replies` maps paths to raw replies (None hangs), `asked` lists the paths requested."""
+    replies, asked, closing = {}, [], threading.Event()
+
+    def answer(handler):
+        asked.append(handler.path)
+        reply = replies.get(handler.path, http(b"", status="404 Not Found"))
+        closing.wait(20) if reply is None else handler.wfile.write(reply)
+
+    handler = type("Handler", (BaseHTTPRequestHandler,), {"do_GET": answer, "log_message": lambda *words: None})
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+    monkeypatch.setenv("no_proxy", "*")
+    yield SimpleNamespace(url=f"http://127.0.0.1:{server.server_port}/", replies=replies, asked=asked)
+    closing.set()
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.fixture
+def dead(monkeypatch):
+    """The address of a port on which nobody listens."""
+    monkeypatch.setenv("no_proxy", "*")
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        yield f"http://127.0.0.1:{taken.getsockname()[1]}/"
+
+
+def source(*mirrors, name="file.bin", body=BODY):
+    """A Source of one file with the MD5 sum of `body`."""
+    return data.Source(mirrors, {name: hashlib.md5(body).hexdigest()})
+
+
+def idx(array):
+    """A gzipped IDX file of bytes."""
+    header = b"\0\0\x08" + bytes([array.ndim]) + np.array(array.shape, ">i4").tobytes()
+    return gzip.compress(header + array.astype(np.uint8).tobytes())
+
+
+def tar_gz(*members):
+    """A tar.gz of (name, content) pairs; a content that is a str makes a symlink to it."""
+    packed = io.BytesIO()
+    with tarfile.open(fileobj=packed, mode="w:gz") as tar:
+        for name, content in members:
+            entry = tarfile.TarInfo(name)
+            if isinstance(content, str):
+                entry.type, entry.linkname = tarfile.SYMTYPE, content
+                tar.addfile(entry)
+            else:
+                entry.size = len(content)
+                tar.addfile(entry, io.BytesIO(content))
+    return packed.getvalue()
+
+
+def batches(names=BATCHES):
+    """Archive members: two CIFAR-10 records for each batch."""
+    return [(f"{INNER}/{name}", RECORDS[2 * i:2 * i + 2].tobytes()) for i, name in enumerate(names)]
+
+
+ARCHIVE = tar_gz(*batches(), (f"{INNER}/batches.meta.txt", b"airplane"))
+GOOD = idx(RECORDS[:, 1:785].reshape(-1, 28, 28))
+RAW = gzip.decompress(GOOD)
+
+
+def tree(folder):
+    """Every path under `folder`, hidden ones too."""
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*"))
+
+
+def test_a_good_download_appears_whole_and_alone(web, tmp_path):
+    """A download with the right sum holds every byte, and nothing else is left in its new folder."""
+    web.replies["/file.bin"] = http(BODY)
+    path = data.fetch("file.bin", tmp_path / "new" / "folder", source(web.url))
+    assert path.read_bytes() == BODY and tree(path.parent) == ["file.bin"]
+
+
+def test_the_next_mirror_is_used(web, dead, tmp_path):
+    """A dead mirror, one that answers 404 and one that sends other bytes are passed over for one that delivers."""
+    web.replies.update({"/b/file.bin": http(b"something else"), "/c/file.bin": http(BODY)})
+    path = data.fetch("file.bin", tmp_path, source(dead, web.url + "a/", web.url + "b/", web.url + "c/"))
+    assert path.read_bytes() == BODY and tree(tmp_path) == ["file.bin"]
+    assert web.asked == ["/a/file.bin", "/b/file.bin", "/c/file.bin"]
+
+
+@pytest.mark.parametrize("reply, fault", [
+    (http(BODY[:-100], len(BODY)), "255,900 of 256,000 bytes"),
+    (http(BODY[:-1] + b"!"), "MD5"),
+    (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nffff\r\n" + BODY[:100], "IncompleteRead"),
+    (b"HTTP/1.1 200 OK\r\nContent-Length: many\r\n\r\n" + BODY[:100], "many"),
+    (b"no HTTP at all\r\n\r\n", "no HTTP at all"),
+    (None, "timed out"),
+], ids="truncated wrong-sum broken-chunk bad-length not-http hanging".split())
+def test_a_bad_reply_is_one_data_error(web, tmp_path, reply, fault):
+    """Whatever is wrong with the replies, one DataError names every mirror and the fault, and no file is left."""
+    web.replies.update({"/a/file.bin": reply, "/b/file.bin": reply})
+    start = time.monotonic()
+    with pytest.raises(data.DataError) as error:
+        data.fetch("file.bin", tmp_path, source(web.url + "a/", web.url + "b/"), timeout=0.3)
+    assert all(f"{web.url}{mirror}/file.bin: " in str(error.value) for mirror in "ab")
+    assert fault in str(error.value) and tree(tmp_path) == [] and time.monotonic() - start < 5
+
+
+def test_no_network_is_one_data_error(dead, tmp_path):
+    """With no mirror in reach, one DataError names them and says what to do, and no file is left."""
+    with pytest.raises(data.DataError, match="by hand") as error:
+        data.fetch("file.bin", tmp_path, source(dead, dead + "second/"))
+    assert f"{dead}file.bin" in str(error.value) and f"{dead}second/file.bin" in str(error.value)
+    assert tree(tmp_path) == []
+
+
+@pytest.mark.parametrize("folder", ["taken", "taken/deeper", "x" * 300], ids="file below-file long-name".split())
+def test_an_impossible_folder_is_a_data_error(web, tmp_path, folder):
+    """Where no folder can be made, the DataError mentions --data-dir, and no mirror is asked."""
+    (tmp_path / "taken").write_bytes(b"a file")
+    with pytest.raises(data.DataError, match="--data-dir"):
+        data.fetch("file.bin", tmp_path / folder, source(web.url))
+    assert web.asked == [] and (tmp_path / "taken").read_bytes() == b"a file"
+
+
+def test_a_file_that_is_there_needs_no_network(web, tmp_path):
+    """A file that is already in the folder is taken as it is, and no mirror is asked."""
+    (tmp_path / "file.bin").write_bytes(b"mine")
+    assert data.fetch("file.bin", tmp_path, source(web.url)).read_bytes() == b"mine" and web.asked == []
+
+
+def test_an_interrupted_write_leaves_the_old_file(tmp_path):
+    """Ctrl-C while a file is written leaves its older version, and no temporary file."""
+    def interrupted(file):
+        file.write(b"half")
+        raise KeyboardInterrupt
+
+    (tmp_path / "file.bin").write_bytes(b"old")
+    with pytest.raises(KeyboardInterrupt):
+        data.write_whole(tmp_path / "file.bin", interrupted)
+    assert tree(tmp_path) == ["file.bin"] and (tmp_path / "file.bin").read_bytes() == b"old"
+
+
+def test_simultaneous_downloads_do_not_disturb_each_other(web, tmp_path, monkeypatch):
+    """Four downloads of one file at the same moment all succeed, and leave one whole file."""
+    together, download = threading.Barrier(4, timeout=10), data.download
+    monkeypatch.setattr(data, "download", lambda *given: (together.wait(), download(*given), together.wait()))
+    web.replies["/file.bin"] = http(BODY)
+    with ThreadPoolExecutor(4) as pool:
+        paths = list(pool.map(lambda _: data.fetch("file.bin", tmp_path, source(web.url)), range(4)))
+    assert len(set(paths)) == 1 and paths[0].read_bytes() == BODY and tree(tmp_path) == ["file.bin"]
+
+
+@pytest.mark.parametrize("split, prefix", [("train", "train"), ("test", "t10k")])
+def test_mnist_round_trip(web, tmp_path, monkeypatch, split, prefix):
+    """Pixels and labels in the official MNIST format come back exactly, and the second time without the network."""
+    pixels, labels = RECORDS[:, 1:785].reshape(-1, 28, 28), RECORDS[:, 0]
+    files = {f"{prefix}-images-idx3-ubyte.gz": idx(pixels), f"{prefix}-labels-idx1-ubyte.gz": idx(labels)}
+    web.replies.update({f"/{name}": http(body) for name, body in files.items()})
+    sums = {name: hashlib.md5(body).hexdigest() for name, body in files.items()}
+    monkeypatch.setattr(data, "MNIST", data.Source((web.url,), sums))
+    for _ in range(2):
+        images = data.load("mnist", tmp_path, split)
+        assert np.array_equal(images.pixels, pixels) and images.labels.tolist() == labels.tolist()
+        assert (len(images), images.size, images.labels.dtype) == (12, 28, torch.int64) and len(web.asked) == 2
+    assert tree(tmp_path) == sorted(files)
+
+
+@pytest.mark.parametrize("split, wanted", [("train", BATCHES[:5]), ("test", BATCHES[5:])])
+def test_cifar10_round_trip(web, tmp_path, monkeypatch, split, wanted):
+    """Pixels and labels of the official archive come back exactly; only the batches asked for are unpacked."""
+    web.replies["/cifar-10-binary.tar.gz"] = http(ARCHIVE)
+    monkeypatch.setattr(data, "CIFAR10", source(web.url, name="cifar-10-binary.tar.gz", body=ARCHIVE))
+    expected = RECORDS[:10] if split == "train" else RECORDS[10:]
+    for _ in range(2):
+        images = data.load("cifar10", tmp_path, split)
+        assert np.array_equal(images.pixels.flatten(1), expected[:, 1:]) and images.pixels.shape[1:] == (3, 32, 32)
+        assert images.labels.tolist() == expected[:, 0].tolist() and len(web.asked) == 1
+        x, captions, attributes = images.batch(torch.tensor([1, 0]))
+        assert torch.equal(((x + 1) * 127.5).round(), images.pixels[[1, 0]].float())
+        assert captions == [f"a photo of a {data.OBJECTS[n]}" for n in attributes[:, 0]]
+        assert set(" ".join(captions).split()) <= set(images.vocabulary)
+    assert tree(tmp_path) == sorted(["cifar-10-binary.tar.gz", INNER] + [f"{INNER}/{name}" for name in wanted])
+
+
+def test_a_hostile_archive_stays_inside(tmp_path):
+    """Members that climb, are absolute, are links or go through links change nothing outside the folder."""
+    outside, folder = tmp_path / "outside", tmp_path / "folder"
+    outside.mkdir(), folder.mkdir()
+    (outside / "mine.bin").write_bytes(b"mine")
+    evil = [("../evil.bin", b"!"), (f"{outside}/evil.bin", b"!"), (f"../{INNER}/test_batch.bin", b"!"),
+            (f"{outside}/test_batch.bin", b"!"), (f"{INNER}/../../test_batch.bin", b"!"),
+            (f"{INNER}/test_batch.bin", f"{outside}/mine.bin"), (INNER, str(outside)), ("link", str(outside)),
+            ("link/test_batch.bin", b"!")]
+    (folder / "cifar-10-binary.tar.gz").write_bytes(tar_gz(*evil))
+    with pytest.raises(data.DataError, match="test_batch.bin"):
+        data.load("cifar10", folder, "test")
+    assert tree(folder) == ["cifar-10-binary.tar.gz"]
+    (folder / "cifar-10-binary.tar.gz").write_bytes(tar_gz(*evil, *batches(), *evil))
+    assert data.load("cifar10", folder, "test").labels.tolist() == RECORDS[10:, 0].tolist()
+    assert tree(folder) == [INNER, f"{INNER}/test_batch.bin", "cifar-10-binary.tar.gz"]
+    assert tree(outside) == ["mine.bin"] and (outside / "mine.bin").read_bytes() == b"mine"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["folder", "outside"]
+
+
+@pytest.mark.parametrize("content", [
+    b"", b"not a tar", ARCHIVE[:100], ARCHIVE[:-5000], ARCHIVE[:10] + b"\xff" * 99, gzip.compress(b"not a tar" * 1000),
+    gzip.compress(gzip.decompress(ARCHIVE)[:5000]), tar_gz(*batches(BATCHES[:4])),
+], ids="empty text head half garbled not-tar short-tar lacks-a-batch".split())
+def test_a_damaged_archive_is_a_data_error(tmp_path, content):
+    """An archive that is truncated, garbled or lacks a batch gives a DataError that names it; no batch is partial."""
+    (tmp_path / "cifar-10-binary.tar.gz").write_bytes(content)
+    with pytest.raises(data.DataError, match="cifar-10-binary.tar.gz"):
+        data.load("cifar10", tmp_path)
+    assert all((tmp_path / name).stat().st_size == 2 * 3073 for name in tree(tmp_path) if ".bin" in name)
+
+
+@pytest.mark.parametrize("content", [b"", RECORDS.tobytes()[:-1], b"\x0a" + bytes(3072)])
+def test_a_damaged_batch_is_a_data_error(tmp_path, content):
+    """A batch that is empty, truncated or has a label above 9 gives a DataError that names it."""
+    (tmp_path / INNER).mkdir()
+    (tmp_path / INNER / "test_batch.bin").write_bytes(content)
+    with pytest.raises(data.DataError, match="test_batch.bin is damaged"):
+        data.load("cifar10", tmp_path, "test")
+
+
+@pytest.mark.parametrize("content", [
+    b"", b"not gzip", GOOD[:50], GOOD[:-4], GOOD[:10] + b"\xff" * 99, gzip.compress(RAW[:10]), gzip.compress(RAW[:-1]),
+    gzip.compress(RAW + b"!"), gzip.compress(b"\1" + RAW[1:]), gzip.compress(RAW[:4] + b"\xff" * 4 + RAW[8:]),
+], ids="empty text head tail garbled header short long magic negative".split())
+def test_a_damaged_idx_file_is_a_data_error(tmp_path, content):
+    """A file that is no whole gzip, or no whole IDX file inside, gives a DataError that names it."""
+    (tmp_path / "images.gz").write_bytes(content)
+    with pytest.raises(data.DataError, match="images.gz is damaged"):
+        data.read_idx(tmp_path / "images.gz")
+
+
+@pytest.mark.parametrize("pixels, labels", [(12, 11), (11, 12), (None, 12), (1, 1)], ids="few many flat above".split())
+def test_mnist_files_that_disagree_are_a_data_error(tmp_path, pixels, labels):
+    """Other numbers of images and labels, labels in place of images, or labels above 9 give a DataError."""
+    images = RECORDS[:pixels, 1:785].reshape(-1, 28, 28) if pixels else RECORDS[:, 0]
+    (tmp_path / "train-images-idx3-ubyte.gz").write_bytes(idx(images))
+    (tmp_path / "train-labels-idx1-ubyte.gz").write_bytes(idx(RECORDS[:labels, 0] + (10 if labels == 1 else 0)))
+    with pytest.raises(data.DataError, match=str(tmp_path)):
+        data.load("mnist", tmp_path)
+
+
+def test_no_pickle_is_loaded(tmp_path, monkeypatch):
+    """No loader unpickles anything, and a digits file that holds a pickle is refused."""
+    for split, prefix in (("train", "train"), ("test", "t10k")):
+        (tmp_path / f"{prefix}-images-idx3-ubyte.gz").write_bytes(GOOD)
+        (tmp_path / f"{prefix}-labels-idx1-ubyte.gz").write_bytes(idx(RECORDS[:, 0]))
+    (tmp_path / "cifar-10-binary.tar.gz").write_bytes(ARCHIVE)
+    np.savez(tmp_path / "digits.npz", images=np.array([{}], object), labels=np.zeros(1))
+    for name in ("load", "loads", "Unpickler"):
+        monkeypatch.setattr(pickle, name, lambda *given, **named: pytest.fail("a pickle was loaded"))
+    assert all(len(data.load(name, tmp_path, split)) for name in data.NAMES for split in ("train", "test"))
+    monkeypatch.setattr(data, "SHIPPED", tmp_path)
+    with pytest.raises(ValueError, match="pickle"):
+        data.load("digits")
+
+
+def test_digits_are_whole_and_disjoint():
+    """The two splits hold 1,797 images of 8 x 8 pixels from 0 to 255, of every class, and none of them twice."""
+    splits = [data.load("digits", split=split) for split in ("train", "test")]
+    assert [len(images) for images in splits] == [1437, 360] and all(images.size == 8 for images in splits)
+    assert all(images.pixels.min() == 0 and images.pixels.max() == 255 for images in splits)
+    assert all(images.labels.unique().tolist() == list(range(10)) for images in splits)
+    train, test = ({image.numpy().tobytes() for image in images.pixels} for images in splits)
+    assert len(train) + len(test) == 1797 and not train & test
+
+
+def test_batches_follow_their_generator():
+    """The same seed gives the same batch, and another seed other colours of the same digits."""
+    images, rows = data.load("digits"), torch.arange(64)
+    first, again, other = (images.batch(rows, torch.Generator().manual_seed(seed)) for seed in (1, 1, 2))
+    assert torch.equal(first[0], again[0]) and first[1] == again[1] and torch.equal(first[2], again[2])
+    assert first[1] != other[1] and torch.equal(first[2][:, 0], other[2][:, 0])
+
+
+def test_colours_captions_and_attributes_agree():
+    """Blank pixels have the paper's colour and full ones the ink's, exactly as the caption and attributes say."""
+    images = data.load("digits")
+    x, captions, attributes = images.batch(torch.arange(len(images)), torch.Generator().manual_seed(0))
+    assert x.shape == (len(images), 3, 8, 8) and x.min() >= -1 and x.max() <= 1
+    assert set(" ".join(captions).split()) == set(images.vocabulary)
+    assert torch.equal(attributes[:, 0], images.labels)
+    seen = set()
+    for picture, grey, words, numbers in zip(x, images.pixels, captions, attributes.tolist()):
+        digit, ink, paper = (names[n] for names, n in zip(images.attributes.values(), numbers))
+        assert words == f"a {ink} {digit} on {paper}" and ink != paper
+        ink_colour, paper_colour = (2 * torch.tensor(colour) - 1 for colour in (data.INKS[ink], data.PAPERS[paper]))
+        assert grey[0, 0] == 0 and torch.equal(picture[:, 0, 0], paper_colour)
+        assert torch.equal(picture[:, grey == 0], paper_colour[:, None].expand(3, int((grey == 0).sum())))
+        assert torch.equal(picture[:, grey == 255], ink_colour[:, None].expand(3, int((grey == 255).sum())))
+        between = paper_colour[:, None, None] + (ink_colour - paper_colour)[:, None, None] * grey / 255
+        assert torch.allclose(picture, between, atol=1e-6)
+        seen.add((ink, paper))
+    assert len(seen) == sum(ink != paper for ink in data.INKS for paper in data.PAPERS)
+
+
+@pytest.mark.parametrize("name, split, words", [
+    ("mnits", "train", ["mnits", *data.NAMES]), ("digits", "valid", ["valid", "train", "test"])])
+def test_unknown_names_are_refused(name, split, words):
+    """An unknown data set or split raises a ValueError with the value and what is allowed."""
+    with pytest.raises(ValueError) as error:
+        data.load(name, split=split)
+    assert all(word in str(error.value) for word in words)

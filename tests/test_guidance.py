@@ -1,0 +1,399 @@
+"""Sections 4 to 6 of erg.py: C-ERG, the guidance update, APG, CADS, and the settings."""
+import dataclasses
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import erg
+from conftest import random_model
+from tiny_dit import sample, tokenize
+
+
+class Counter(nn.Module):
+    """Counts forwards and rows; passes everything on."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model, self.rows = model, []
+
+    def forward(self, x, t, condition):
+        self.rows.append(len(x))
+        return self.model(x, t, condition)
+
+
+@pytest.fixture
+def tokens(model):
+    return tokenize(["a red seven", "a blue two on red", "seven", "a"], model.config)
+
+
+@pytest.fixture
+def null(model):
+    return tokenize([""] * 4, model.config)
+
+
+def step(settings, model, x, tokens, null, t=0.6, generator=None):
+    condition, negative = settings.encode(model.encoder, tokens, null=null)
+    return erg.Guidance(settings, negative, generator)(model, x, t, condition)
+
+
+# C-ERG
+
+
+def test_weak_encoding_by_interception_and_by_projection_agree():
+    """Where nothing normalizes queries, Listing 1's hook and the interception give the same weak encoding."""
+    class Plain(nn.Module):
+        def __init__(self, width):
+            super().__init__()
+            self.q_proj, self.k_proj, self.v_proj = (nn.Linear(width, width) for _ in range(3))
+
+        def forward(self, x):
+            return x + F.scaled_dot_product_attention(self.q_proj(x)[:, None], self.k_proj(x)[:, None], self.v_proj(x)[:, None])[:, 0]
+
+    torch.manual_seed(0)
+    encoder, x = nn.Sequential(*(Plain(8) for _ in range(3))).double(), torch.randn(2, 5, 8, dtype=torch.float64)
+    strong, weak = erg.encode(encoder, x, tau=0.1, layers=[1, 2])
+    hooked, by_hook = erg.encode(encoder, x, tau=0.1, projections=[encoder[1].q_proj, encoder[2].q_proj])
+    assert torch.equal(strong, encoder(x)) and torch.equal(hooked, strong)
+    torch.testing.assert_close(weak, by_hook, rtol=0, atol=1e-12)
+    assert (weak - strong).abs().max() > 1e-3
+    assert not any(m._forward_hooks for m in encoder.modules())
+
+
+def test_c_erg_layers_bite(model, tokens):
+    """Every choice of encoder layers gives another weak encoding."""
+    weak = [erg.encode(model.encoder, tokens, tau=0.1, layers=layers)[1] for layers in ([0], [1], [2], None)]
+    for i, a in enumerate(weak):
+        for b in weak[:i]:
+            assert (a - b).abs().max() > 1e-4
+
+
+def test_qk_norm_would_undo_the_hook(model, tokens):
+    """A projection hook in front of QK-norm is an error that says so; the interception is not fooled."""
+    class Normed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.q_proj, self.q_norm = nn.Linear(8, 8), nn.RMSNorm(8)
+
+        def forward(self, x):
+            return F.scaled_dot_product_attention(self.q_norm(self.q_proj(x)), x, x)
+
+    encoder, x = Normed(), torch.randn(2, 1, 5, 8)
+    with pytest.raises(ValueError, match=r"q_norm.*undoes tau"):
+        erg.encode(encoder, x, tau=0.1, projections=[encoder.q_proj])
+    strong, weak = erg.encode(encoder, x, tau=0.0)
+    torch.testing.assert_close(weak, x.mean(2, keepdim=True).expand_as(x))
+
+
+def test_linear_attention_undoes_the_hook():
+    """With normalized linear attention the scale cancels: the equal encoding is noticed and raised."""
+    class Linear(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.to_q = nn.Linear(8, 8)
+
+        def forward(self, x):
+            weights = self.to_q(x).relu() @ x.relu().mT
+            return (weights @ x) / weights.sum(-1, keepdim=True)
+
+    torch.manual_seed(0)
+    encoder = Linear()
+    with pytest.raises(RuntimeError, match="left the encoding as it was"):
+        erg.encode(encoder, torch.randn(2, 5, 8), tau=0.01, projections=[encoder.to_q])
+
+
+def test_the_weak_encoding_is_all_that_the_encoder_returns():
+    """Nested outputs keep their structure, pooled vectors included."""
+    class Two(nn.Module):
+        def forward(self, x):
+            y = F.scaled_dot_product_attention(x, x, x)
+            return {"tokens": y, "pooled": (y.mean(2), None)}
+
+    x = torch.randn(2, 1, 5, 8)
+    strong, weak = erg.encode(Two(), x, tau=0.0)
+    torch.testing.assert_close(weak["pooled"][0], x.mean(2))
+    assert (strong["pooled"][0] - weak["pooled"][0]).abs().max() > 1e-3 and weak["pooled"][1] is None
+
+
+# The update (eq. 10)
+
+
+def test_guide_is_exact_and_the_same_in_every_parametrization():
+    """Guiding velocities equals guiding noise or data predictions and converting, since the weights sum to 1."""
+    x, v_pos, v_neg = torch.randn(3, 2, 5, dtype=torch.float64)
+    t, w = 0.3, 4.0
+    v = erg.guide(v_pos, v_neg, w)
+    torch.testing.assert_close(v, 4 * v_pos - 3 * v_neg)
+    to_data, to_noise = lambda v: x + (1 - t) * v, lambda v: x - t * v
+    torch.testing.assert_close(to_data(v), erg.guide(to_data(v_pos), to_data(v_neg), w))
+    torch.testing.assert_close(to_noise(v), erg.guide(to_noise(v_pos), to_noise(v_neg), w))
+
+
+@pytest.mark.parametrize("batched", [True, False])
+def test_against_the_update_by_hand(model, inputs, tokens, null, batched):
+    """CFG, C-ERG, I-ERG (null and same) and ERG equal eq. 10 written out, with one batch as with two passes."""
+    x, t = inputs[0], torch.full((4,), 0.6)
+    encoder, condition = model.encoder, model.encoder(tokens)
+    weak = erg.encode(encoder, tokens, tau=0.2, layers=[1])[1]
+    energy = dict(tau=0.05, layers=[2, 3], alpha=0.9, gamma=1.2, steps=2)
+
+    def rectified(c):
+        with erg.rectify(model, **energy):
+            return model(x, t, c)
+
+    positive = model(x, t, condition)
+    cases = [
+        (dict(), model(x, t, encoder(null))),
+        (dict(tau_c=0.2, layers_c=[1]), model(x, t, weak)),
+        (dict(**energy, negative="null"), rectified(encoder(null))),
+        (dict(**energy), rectified(encoder(null))),
+        (dict(**energy, negative="same"), rectified(condition)),
+        (dict(**energy, tau_c=0.2, layers_c=[1]), rectified(weak)),
+    ]
+    for settings, negative in cases:
+        v = step(erg.ERG(w=3.0, batched=batched, **settings), model, x, tokens, null)
+        torch.testing.assert_close(v, 3 * positive - 2 * negative, rtol=0, atol=1e-11)
+
+
+def test_every_setting_bites(model, inputs, tokens, null):
+    """Changing any one setting changes the guided velocity."""
+    base = erg.ERG(w=3.0, tau=0.1, layers=[2, 3], kappa=0.2, tau_c=0.3, layers_c=[1])
+    changes = [dict(), dict(w=2.0), dict(tau=0.01), dict(layers=[2]), dict(kappa=0.7), dict(tau_c=0.1), dict(layers_c=[0]),
+               dict(alpha=0.8), dict(gamma=1.5), dict(steps=2), dict(queries=slice(0, 16)), dict(apg=erg.APG()),
+               dict(apg=erg.APG(eta=0.5)), dict(apg=erg.APG(norm_threshold=0.05)), dict(tau_c=1.0, layers_c=None),
+               dict(tau_c=1.0, layers_c=None, negative="same")]
+    results = [step(dataclasses.replace(base, **change), model, inputs[0], tokens, null) for change in changes]
+    for cads in (erg.CADS(), erg.CADS(scale=0.6), erg.CADS(psi=0.5), erg.CADS(tau1=0.3), erg.CADS(tau2=0.7)):
+        generator = torch.Generator().manual_seed(0)
+        results.append(step(dataclasses.replace(base, cads=cads), model, inputs[0], tokens, null, 0.3, generator))
+    for i, a in enumerate(results):
+        for j, b in enumerate(results[:i]):
+            assert (a - b).abs().max() > 1e-6, (i, j)
+
+
+def test_apg_momentum_bites_from_the_second_step_on(model, inputs, tokens, null):
+    """The running difference makes the second step of APG differ from a first one."""
+    settings = erg.ERG(w=3.0, tau=0.1, layers=[2], apg=erg.APG())
+    condition, negative = settings.encode(model.encoder, tokens, null=null)
+    guidance = erg.Guidance(settings, negative)
+    first, second = (guidance(model, inputs[0], 0.6, condition) for _ in range(2))
+    assert (first - second).abs().max() > 1e-4
+    torch.testing.assert_close(erg.Guidance(settings, negative)(model, inputs[0], 0.6, condition), first)
+
+
+def test_kappa_is_strict_and_in_t(model, inputs, tokens, null):
+    """I-ERG acts for t > kappa and not at t = kappa; before, the negative is ordinary."""
+    x, condition = inputs[0], model.encoder(tokens)
+    settings = erg.ERG(w=3.0, tau=0.1, layers=[2], kappa=0.5)
+    cfg = erg.ERG(w=3.0)
+    for t in (0.0, 0.3, 0.5):
+        assert torch.equal(step(settings, model, x, tokens, null, t), step(cfg, model, x, tokens, null, t))
+    assert (step(settings, model, x, tokens, null, 0.5001) - step(cfg, model, x, tokens, null, 0.5001)).abs().max() > 1e-3
+    assert condition.shape == (4, 6, 32)
+
+
+def test_evaluations_are_counted(model, inputs, tokens, null):
+    """2B rows a step; B where w = 1 or the negative equals the positive; on average 2 - kappa in the unconditional case."""
+    x, count = inputs[0], Counter(model)
+
+    def rows(settings, steps=10):
+        count.rows.clear()
+        condition, negative = settings.encode(model.encoder, tokens, null=null)
+        sample(count, x, condition, steps, erg.Guidance(settings, negative))
+        return list(count.rows)
+
+    assert rows(erg.ERG(w=3.0)) == [8] * 10
+    assert rows(erg.ERG(w=3.0, batched=False)) == [4] * 20
+    assert rows(erg.ERG(w=1.0)) == [4] * 10
+    assert rows(erg.ERG(w=lambda t: 3.0 if t > 0.45 else 1.0)) == [4] * 5 + [8] * 5
+    assert rows(erg.ERG(w=3.0, tau=0.1, kappa=0.4, negative="null")) == [8] * 10
+    unconditional = rows(erg.ERG(w=3.0, tau=0.1, kappa=0.4, negative="same"))
+    assert unconditional == [4] * 5 + [8] * 5  # t = 0, 0.1, ..., 0.4 are not greater than kappa
+    many = rows(erg.ERG(w=3.0, tau=0.1, kappa=0.4, negative="same"), steps=100)
+    assert sum(many) / 4 / 100 == pytest.approx(2 - 0.4, abs=0.011)
+
+
+def test_w_one_is_the_positive_prediction(model, inputs, tokens, null):
+    """w = 1 is off: bit for bit the model's own velocity, and its limit is continuous."""
+    x = inputs[0]
+    plain = model(x, 0.6, model.encoder(tokens))
+    assert torch.equal(step(erg.ERG(w=1.0, tau=0.1), model, x, tokens, null), plain)
+    torch.testing.assert_close(step(erg.ERG(w=1 + 1e-9, tau=0.1), model, x, tokens, null), plain, rtol=0, atol=1e-6)
+
+
+def test_w_may_be_a_function_of_t(model, inputs, tokens, null):
+    """A function of t gives at each t what the number would."""
+    for t in (0.1, 0.6):
+        function = step(erg.ERG(w=lambda t: 1 + 5 * t), model, inputs[0], tokens, null, t)
+        torch.testing.assert_close(function, step(erg.ERG(w=1 + 5 * t), model, inputs[0], tokens, null, t))
+
+
+def test_an_unconditional_model_and_nested_conditions(inputs):
+    """condition=None works for a model without one, and nested conditions are stacked leaf by leaf."""
+    class Unconditional(nn.Module):
+        def forward(self, x, t, condition):
+            assert condition is None
+            h = x.flatten(2)[:, None]
+            return x + F.scaled_dot_product_attention(h, h, h)[:, 0].view_as(x)
+
+    x, settings = inputs[0], erg.ERG(w=2.0, tau=0.0, kappa=0.2, negative="same")
+    model = Unconditional()
+    v = erg.Guidance(settings)(model, x, 0.5)
+    weak = x + x.flatten(2).mean(1, keepdim=True).expand(-1, 3, -1).reshape(x.shape)
+    torch.testing.assert_close(v, 2 * model(x, 0.5, None) - weak)
+
+    def nested(x, t, condition):
+        return x * condition["scale"][:, None, None, None] + condition["pair"][0].view(-1, 1, 1, 1)
+
+    ones = torch.ones(4, dtype=torch.float64)
+    positive, negative = ({"scale": s * ones, "pair": (p * ones, None)} for s, p in ((2, 1), (1, 0)))
+    v = erg.Guidance(erg.ERG(w=3.0), negative)(nested, x, 0.5, positive)
+    torch.testing.assert_close(v, 3 * (2 * x + 1) - 2 * x)
+
+
+def test_the_whole_of_sampling_is_batch_independent(model, inputs, tokens, null):
+    """A sample does not depend on the other samples of its batch, under ERG + APG."""
+    settings = erg.ERG(w=3.0, tau=0.1, layers=[2], kappa=0.2, tau_c=0.3, apg=erg.APG())
+
+    def run(rows):
+        condition, negative = settings.encode(model.encoder, tokens[rows])
+        return sample(model, inputs[0][rows], condition, 6, erg.Guidance(settings, negative))
+
+    torch.testing.assert_close(run(slice(0, 4))[1:2], run(slice(1, 2)), rtol=1e-9, atol=1e-9)
+
+
+# APG and CADS (appendix D)
+
+
+def test_apg_with_nothing_on_is_eq_10():
+    """eta = 1, no clipping and no momentum is eq. 10 exactly; in velocity space, too."""
+    p, n = torch.randn(2, 3, 4, 5, dtype=torch.float64)
+    x1, _ = erg.APG(momentum=0.0, eta=1.0, norm_threshold=0.0).update(p, n, 3.0)
+    torch.testing.assert_close(x1, erg.guide(p, n, 3.0), rtol=1e-12, atol=1e-12)
+
+
+def test_apg_against_the_formulas_written_out():
+    """Momentum, clip, project on the positive, per sample over all other dimensions, in this order."""
+    apg = erg.APG(momentum=-0.5, eta=0.25, norm_threshold=2.0)
+    generator, running, momentum = torch.Generator().manual_seed(0), 0.0, [0.0, 0.0]
+    for _ in range(3):
+        p, n = torch.randn(2, 2, 3, 4, 4, generator=generator, dtype=torch.float64)
+        x1, running = apg.update(p, n, 4.0, running)
+        for b in range(2):
+            momentum[b] = (p - n)[b] - 0.5 * momentum[b]
+            d = momentum[b] * min(1.0, 2.0 / momentum[b].norm())
+            parallel = (d * p[b]).sum() / (p[b] * p[b]).sum() * p[b]
+            torch.testing.assert_close(x1[b], p[b] + 3.0 * (d - parallel + 0.25 * parallel), rtol=1e-11, atol=1e-11)
+
+
+def test_apg_guides_in_data_space(model, inputs, tokens, null):
+    """In a step, velocities are turned into predictions of the data, guided, and turned back."""
+    x, t = inputs[0], 0.6
+    settings = erg.ERG(w=3.0, apg=erg.APG(norm_threshold=0.7))
+    pos, neg = (model(x, t, model.encoder(c)) for c in (tokens, null))
+    x1, _ = settings.apg.update(x + 0.4 * pos, x + 0.4 * neg, 3.0)
+    torch.testing.assert_close(step(settings, model, x, tokens, null), (x1 - x) / 0.4, rtol=1e-9, atol=1e-9)
+    in_velocity, _ = settings.apg.update(pos, neg, 3.0)  # what two public implementations do
+    assert (in_velocity - (x1 - x) / 0.4).abs().max() > 1e-2
+
+
+def test_project_splits_into_orthogonal_parts():
+    """The parts sum to the whole, one is along the target, the other at right angles to it."""
+    v, onto = torch.randn(2, 3, 4, 5, dtype=torch.float64)
+    parallel, orthogonal = erg.project(v, onto)
+    torch.testing.assert_close(parallel + orthogonal, v)
+    torch.testing.assert_close((orthogonal * onto).sum((1, 2)), torch.zeros(3, dtype=torch.float64), rtol=0, atol=1e-12)
+    torch.testing.assert_close(erg.project(parallel, onto)[0], parallel)
+
+
+def test_cads_schedule_and_moments():
+    """Nothing before 1 - t reaches tau1, only noise above tau2, linear between; moments are each sample's own."""
+    cads, y = erg.CADS(tau1=0.6, tau2=0.9, scale=0.25, psi=1.0), 3 + 2 * torch.randn(4, 50, 20, dtype=torch.float64)
+    assert cads.anneal(y, 0.4) is y and cads.anneal(y, 0.9) is y
+    early, middle = (cads.anneal(y, t, torch.Generator().manual_seed(0)) for t in (0.05, 0.25))
+    for noisy in (early, middle):
+        for stat in (torch.mean, torch.std):
+            torch.testing.assert_close(stat(noisy, dim=(1, 2)), stat(y, dim=(1, 2)))
+    correlation = lambda a: torch.corrcoef(torch.stack([a.flatten(), y.flatten()]))[0, 1].item()
+    assert abs(correlation(early)) < 0.1
+    plain = erg.CADS(tau1=0.6, tau2=0.9, scale=0.25, psi=0.0).anneal(y, 0.25, torch.Generator().manual_seed(0))
+    noise = torch.randn(y.shape, generator=torch.Generator().manual_seed(0)).double()
+    torch.testing.assert_close(plain, math.sqrt(0.5) * y + 0.25 * math.sqrt(0.5) * noise, rtol=1e-9, atol=1e-9)
+
+
+def test_cads_touches_the_positive_alone(model, inputs, tokens, null):
+    """Noise goes into the positive's condition; the negative's stays clean."""
+    settings = erg.ERG(w=3.0, cads=erg.CADS())
+    v = step(settings, model, inputs[0], tokens, null, 0.2, torch.Generator().manual_seed(3))
+    noisy = settings.cads.anneal(model.encoder(tokens), 0.2, torch.Generator().manual_seed(3))
+    expected = 3 * model(inputs[0], 0.2, noisy) - 2 * model(inputs[0], 0.2, model.encoder(null))
+    torch.testing.assert_close(v, expected, rtol=0, atol=1e-11)
+
+
+# Settings
+
+
+@pytest.mark.parametrize("wrong, message", [
+    (dict(w=float("nan")), "w=nan"), (dict(w=2, tau=-1), "tau=-1"), (dict(w=2, tau=0.1, kappa=1.5), "kappa=1.5"),
+    (dict(w=2, tau=0.1, layers=()), "layers=()"), (dict(w=2, tau_c=-0.1), "tau_c=-0.1"), (dict(w=2, tau=0.1, steps=0), "steps=0"),
+    (dict(w=2, negative="none"), "negative='none'"), (dict(w=2, layers=[1]), "layers=[1] has no effect"),
+    (dict(w=2, kappa=0.3), "kappa=0.3 has no effect"), (dict(w=2, queries=slice(4)), "has no effect"),
+    (dict(w=2, layers_c=[1]), "layers_c=[1] has no effect"), (dict(w=2, tau_c=0.1, negative="null"), "negative='null' has no effect"),
+    (dict(w=2, negative="same"), "no guidance"), (dict(w=2, tau_c=0.1, layers_c={"clip": [-1]}), "clip=[-1]"),
+])
+def test_settings_validate_themselves(wrong, message):
+    """Values out of range, and options that would do nothing, are errors that name them."""
+    with pytest.raises(ValueError) as error:
+        erg.ERG(**wrong)
+    assert message in str(error.value)
+
+
+def test_apg_and_cads_validate_themselves():
+    """The same holds for APG's and CADS' own numbers."""
+    for make, message in ((lambda: erg.APG(norm_threshold=-1.0), "norm_threshold=-1.0"), (lambda: erg.CADS(tau1=0.9, tau2=0.6), "tau1=0.9"),
+                          (lambda: erg.CADS(scale=0.0), "scale=0.0"), (lambda: erg.CADS(psi=2.0), "psi=2.0")):
+        with pytest.raises(ValueError, match=message):
+            make()
+
+
+def test_settings_are_frozen_and_missing_conditions_are_named(model, tokens, inputs):
+    """Settings do not change under way; a missing null prompt or negative is one clear error."""
+    settings = erg.ERG(w=2.0)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        settings.w = 3.0
+    with pytest.raises(ValueError, match="null=None"):
+        settings.encode(model.encoder, tokens)
+    with pytest.raises(ValueError, match="negative=None"):
+        erg.Guidance(settings)
+    with pytest.raises(TypeError, match="must be an erg.ERG"):
+        erg.Guidance(2.0)
+    apg = erg.ERG(w=2.0, tau=0.1, negative="same", apg=erg.APG())
+    with pytest.raises(ValueError, match="t=1.0"):
+        erg.Guidance(apg)(model, inputs[0], 1.0, inputs[2])
+
+
+def test_presets_are_table_7():
+    """The presets hold Table 7's numbers."""
+    sd3 = erg.PRESETS["sd3-medium"]
+    assert (sd3.w, sd3.tau, list(sd3.layers), sd3.kappa, sd3.tau_c) == (5.0, 0.01, [6, 7], 0.2, 0.1)
+    assert {name: (layers[0], layers[-1] + 1) for name, layers in sd3.layers_c.items()} == {
+        "openclip-vit-g": (1, 31), "clip-vit-l": (1, 10), "t5-xxl": (1, 22)}
+    text = erg.PRESETS["mmdit-text-to-image"]
+    assert (text.kappa, list(text.layers), text.tau, text.tau_c, text.gamma) == (0.4, list(range(10, 17)), 0.01, 0.01, 1.5)
+    assert text.layers_c == {"llama3": range(0, 32), "t5": range(0, 24)}
+    free = erg.PRESETS["mmdit-unconditional"]
+    assert (free.kappa, list(free.layers), free.negative, free.tau_c) == (0.2, list(range(10, 17)), "same", 1.0)
+    classes = erg.PRESETS["dit-xl-2"]
+    assert (classes.kappa, list(classes.layers), classes.tau) == (0.3, [12, 13, 14], 0.01)
+
+
+def test_presets_run(tokens, null):
+    """A preset drives a model that is deep enough, with its encoder picked by name."""
+    model = random_model(depth=8, text_depth=10)
+    x = torch.randn(4, 3, 8, 8, dtype=torch.float64)
+    settings = erg.PRESETS["sd3-medium"]
+    condition, negative = settings.encode(model.encoder, tokens, name="clip-vit-l")
+    v = erg.Guidance(settings, negative)(model, x, 0.5, condition)
+    assert (v - model(x, 0.5, condition)).abs().max() > 1e-3

@@ -1,0 +1,158 @@
+"""tiny_dit.py: the model's structure, the loss and the sampler, against oracles."""
+import pytest
+import torch
+
+from conftest import WORDS, random_model
+from tiny_dit import Config, TinyDiT, drop_words, flow_matching_loss, sample, tokenize
+
+
+def config(**settings):
+    return Config(**{**dict(width=32, heads=4, depth=3, vocabulary=WORDS), **settings})
+
+
+def test_every_block_is_the_identity_at_the_start():
+    """adaLN-Zero: an untrained block returns its input bit for bit, and the first velocity is zero."""
+    torch.manual_seed(0)
+    model = TinyDiT(config())
+    tokens, c = torch.randn(2, 22, 32), torch.randn(2, 32)
+    for block in model.blocks:
+        assert torch.equal(block(tokens, c), tokens)
+    assert torch.equal(model(torch.randn(2, 3, 8, 8), 0.5, model.encode(["a", "red"])), torch.zeros(2, 3, 8, 8))
+
+
+def test_every_parameter_learns():
+    """Once the zero layers have moved, a gradient reaches every parameter."""
+    model = random_model().requires_grad_(True)
+    condition = model.encode(["a red seven", "two"])
+    data, noise = torch.randn(2, 2, 3, 8, 8, dtype=torch.float64)
+    flow_matching_loss(model, data, condition, torch.tensor([0.2, 0.8], dtype=torch.float64), noise).sum().backward()
+    assert all(p.grad is not None and p.grad.abs().max() > 0 for p in model.parameters())
+
+
+@pytest.mark.parametrize("size, patch", [(8, 2), (28, 4), (6, 3)])
+def test_patchify_and_back(size, patch):
+    """unpatchify inverts patchify, and token n holds the pixels of patch n in reading order."""
+    model = TinyDiT(config(image_size=size, patch=patch))
+    x = torch.randn(2, 3, size, size)
+    tokens = model.patchify(x)
+    assert tokens.shape == (2, (size // patch)**2, 3 * patch**2)
+    assert torch.equal(model.unpatchify(tokens), x)
+    side = size // patch
+    assert torch.equal(tokens[0, side + 1].view(3, patch, patch), x[0, :, patch:2 * patch, patch:2 * patch])
+
+
+def test_image_and_caption_reach_every_pixel():
+    """Attention is joint: every pixel and every word changes every pixel of the velocity."""
+    model = random_model()
+    x, condition = torch.randn(1, 3, 8, 8, dtype=torch.float64), model.encode(["a red seven"])
+    base = model(x, 0.5, condition)
+    moved = x.clone()
+    moved[0, 0, 0, 0] += 1
+    assert ((model(moved, 0.5, condition) - base).abs() > 1e-9).all()
+    assert ((model(x, 0.5, model.encode(["a blue seven"])) - base).abs() > 1e-9).all()
+    assert ((model(x, 0.51, condition) - base).abs() > 1e-9).all()
+
+
+def test_t_is_a_number_or_a_tensor():
+    """t = 0.5, a tensor of it, and one per sample mean the same."""
+    model = random_model()
+    x, condition = torch.randn(2, 3, 8, 8, dtype=torch.float64), model.encode(["a", "red"])
+    assert torch.equal(model(x, 0.5, condition), model(x, torch.tensor([0.5, 0.5]), condition))
+    mixed = model(x, torch.tensor([0.5, 0.9]), condition)
+    torch.testing.assert_close(mixed[:1], model(x[:1], 0.5, condition[:1]), rtol=0, atol=1e-12)
+    torch.testing.assert_close(mixed[1:], model(x[1:], 0.9, condition[1:]), rtol=0, atol=1e-12)
+
+
+# Captions
+
+
+def test_tokenize():
+    """Words become their numbers, <pad> is 0 and fills up; the null prompt is all pads."""
+    assert tokenize(["a red seven", ""], config()).tolist() == [[1, 2, 4, 0, 0, 0], [0] * 6]
+    with pytest.raises(ValueError, match=r"unknown word 'green'.*the vocabulary is: a red blue seven two on"):
+        tokenize(["a green seven"], config())
+    with pytest.raises(ValueError, match="has 7 words; at most 6"):
+        tokenize(["a " * 7], config())
+    with pytest.raises(ValueError, match="must be a list"):
+        tokenize("a red seven", config())
+
+
+def test_drop_words_rates_and_order():
+    """Whole captions and single words are dropped at their rates; the words that stay keep their order, in front."""
+    tokens = torch.arange(1, 6).repeat(20_000, 1)
+    generator = torch.Generator().manual_seed(0)
+    kept = drop_words(tokens, caption=0.2, word=0.1, generator=generator)
+    lengths = (kept > 0).sum(1)
+    assert (lengths == 0).double().mean().item() == pytest.approx(0.2 + 0.8 * 0.1**5, abs=0.01)
+    assert (kept > 0).double().mean().item() == pytest.approx(0.8 * 0.9, abs=0.01)
+    for row in kept[:200].tolist():
+        words = [w for w in row if w]
+        assert row == words + [0] * (5 - len(words)) and words == sorted(words)
+    assert torch.equal(drop_words(tokens, caption=0.0, word=0.0), tokens)
+
+
+# Loss and sampler
+
+
+def test_loss_oracle_one_point():
+    """If the data is one point, v = (data - x_t) / (1 - t) is known: its loss is 0, and that of v + d is mean d^2."""
+    data = torch.randn(1, 3, 8, 8, dtype=torch.float64).expand(5, -1, -1, -1)
+    noise, shift = torch.randn(2, 5, 3, 8, 8, dtype=torch.float64)
+    t = torch.rand(5, dtype=torch.float64) * 0.9
+    oracle = lambda x, t, condition: (data - x) / (1 - t).view(-1, 1, 1, 1)
+    zero = torch.zeros(5, dtype=torch.float64)
+    torch.testing.assert_close(flow_matching_loss(oracle, data, None, t, noise), zero, rtol=0, atol=1e-20)
+    shifted = lambda x, t, condition: oracle(x, t, condition) + shift
+    torch.testing.assert_close(flow_matching_loss(shifted, data, None, t, noise), shift.square().flatten(1).mean(1))
+
+
+@pytest.mark.parametrize("steps", [1, 7, 50])
+def test_sampler_oracle_one_point(steps):
+    """With the velocity of one data point, every number of Euler steps lands on it exactly."""
+    point = torch.randn(1, 3, 4, 4, dtype=torch.float64)
+    noise = torch.randn(5, 3, 4, 4, dtype=torch.float64)
+    end = sample(lambda x, t, condition: (point - x) / (1 - t), noise, None, steps)
+    torch.testing.assert_close(end, point.expand_as(end), rtol=0, atol=1e-12)
+
+
+def test_sampler_oracle_gaussian():
+    """For data ~ N(m, s^2) the flow carries x_0 to m + s x_0; Euler's error falls as 1 / steps."""
+    m, s = 1.5, 0.4
+    noise = torch.randn(1000, dtype=torch.float64)
+
+    def velocity(x, t, condition):
+        variance = (1 - t)**2 + t**2 * s**2
+        return m + (t * s**2 - (1 - t)) / variance * (x - t * m)
+
+    errors = [(sample(velocity, noise, None, steps) - (m + s * noise)).abs().max().item() for steps in (50, 100, 200, 400)]
+    assert errors[-1] < 0.01
+    for coarse, fine in zip(errors, errors[1:]):
+        assert 1.8 < coarse / fine < 2.2
+
+
+def test_trajectory_and_guidance():
+    """The trajectory holds every x from noise to result, and a guidance object takes the model's place at each t."""
+    noise, seen = torch.randn(2, 3, 4, 4), []
+    path = sample(lambda x, t, c: torch.full_like(x, c), noise, 2.0, 4, trajectory=True)
+    assert path.shape == (5, 2, 3, 4, 4) and torch.equal(path[0], noise)
+    torch.testing.assert_close(path, noise + 2 * torch.linspace(0, 1, 5).view(5, 1, 1, 1, 1))
+
+    def guidance(model, x, t, condition):
+        seen.append(t)
+        return 3 * model(x, t, condition)
+
+    end = sample(lambda x, t, c: torch.full_like(x, c), noise, 2.0, 4, guidance)
+    torch.testing.assert_close(end, noise + 6)
+    assert seen == [0, 0.25, 0.5, 0.75]
+    with pytest.raises(ValueError, match="steps=0"):
+        sample(lambda x, t, c: x, noise, None, steps=0)
+
+
+@pytest.mark.parametrize("wrong, message", [
+    (dict(image_size=9), "patch=2 must divide image_size=9"), (dict(width=30), "width=30"), (dict(vocabulary=()), "vocabulary=()"),
+])
+def test_bad_configs_are_named(wrong, message):
+    """A size that does not fit is an error that names it."""
+    with pytest.raises(ValueError) as error:
+        config(**wrong)
+    assert message in str(error.value)
