@@ -688,7 +688,7 @@ class Guidance:
         w = s.w(t) if callable(s.w) else s.w
         positive = condition if s.cads is None else s.cads.anneal(condition, t, self.generator)
         negative = condition if self.negative is None else self.negative
-        rectified = s.rectifies and t > (0.2 if s.kappa is None else s.kappa)
+        rectified = self.rectifies_at(t)
         if w == 1 or (negative is positive and not rectified):
             return model(x, _times(t, x), positive)
         v_pos, v_neg = self.predictions(model, x, t, positive, negative, rectified)
@@ -698,6 +698,10 @@ class Guidance:
             raise ValueError(f"t={t} must be less than 1 with APG, which divides by 1 - t")
         x1, self.running = s.apg.update(x + (1 - t) * v_pos, x + (1 - t) * v_neg, w, self.running)
         return (x1 - x) / (1 - t)
+
+    def rectifies_at(self, t):
+        """Whether I-ERG acts at t: strictly after kappa."""
+        return self.settings.rectifies and t > (0.2 if self.settings.kappa is None else self.settings.kappa)
 
     def predictions(self, model, x, t, positive, negative, rectified):
         """v_pos and v_neg, in one pass of 2B rows or in two."""

@@ -3,7 +3,7 @@
     python train_toy.py                                          # the shipped digits: 4 minutes, 2 CPU cores
     python train_toy.py --dataset mnist --data-dir data/mnist    # downloaded when missing
     python train_toy.py --dataset mnist --resume                 # go on where it was stopped
-    torchrun --nproc_per_node 2 train_toy.py --dataset cifar10   # several GPUs, same global batch
+    torchrun --standalone --nproc_per_node 2 train_toy.py --dataset cifar10   # several GPUs, same global batch
     python train_toy.py --prompt "a red seven on blue" --method erg --w 2   # sample from shipped weights
 
 Training writes under --out: DATASET.pt (the averaged model in half precision, its classifier and
@@ -58,7 +58,7 @@ class Recipe:
 
 
 RECIPES = {
-    "digits": Recipe(dict(image_size=8, patch=2, width=96, depth=8, heads=4), iterations=1300, batch=64, lr=2e-3,
+    "digits": Recipe(dict(image_size=8, patch=2, width=96, depth=8, heads=4), iterations=1000, batch=64, lr=2e-3,
                      t_mean=0.0, samples=360, w=2.0, tau_i=0.01, tau_c=0.01, kappa=0.2, layers=(3, 5)),
     "mnist": Recipe(dict(image_size=28, patch=4, width=96, depth=8, heads=4), iterations=14_000, batch=64, lr=2e-3,
                     t_mean=-0.6, samples=1000, w=2.0, tau_i=0.01, tau_c=0.01, kappa=0.2, layers=(3, 5)),
@@ -72,7 +72,11 @@ RECIPES = {
 
 
 class AttributeClassifier(nn.Module):
-    """A small convolutional network with one head an attribute; `features` are its last hidden layer."""
+    """A small convolutional network with one head an attribute.
+
+    `features` are its last hidden layer, each normalized to variance 1 over the training images, so that a
+    Frechet distance is in units of standard deviations.
+    """
 
     def __init__(self, classes, hidden=64):
         super().__init__()
@@ -82,8 +86,8 @@ class AttributeClassifier(nn.Module):
             layers += [nn.Conv2d(channels, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU(), nn.MaxPool2d(2)]
             channels = width
         self.features = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(3), nn.Flatten(),
-                                      nn.Linear(9 * channels, hidden), nn.ReLU())
-        self.heads = nn.Linear(hidden, sum(classes))
+                                      nn.Linear(9 * channels, hidden), nn.BatchNorm1d(hidden, affine=False))
+        self.heads = nn.Sequential(nn.ReLU(), nn.Linear(hidden, sum(classes)))
 
     def forward(self, x):  # (B, 3, S, S) -> A tensors (B, classes)
         return self.heads(self.features(x)).split(self.classes, dim=1)
@@ -457,10 +461,11 @@ def train_and_compare(options):
         images, recipe, out, iterations=options.iterations or recipe.iterations, batch=batch, lr=options.lr or recipe.lr,
         schedule=options.schedule, ema=options.ema, clip=options.clip, seed=options.seed, device=device,
         compile=options.compile, resume=options.resume, save_every=options.save_every)
-    if not main_process():
-        return {}
     if stopped:
-        print(f"\nStopped and saved after {seconds / 60:.1f} minutes. To go on: {resume_command()}")
+        if main_process():
+            print(f"\nStopped and saved after {seconds / 60:.1f} minutes. To go on: {resume_command()}")
+        raise KeyboardInterrupt
+    if not main_process():
         return {}
     draw_loss(curve, out / f"{images.name}-loss.png", images.name)
 
@@ -479,7 +484,7 @@ def train_and_compare(options):
         rows[label] = evaluate(pictures[label], attributes, classifier, reference)
     minutes = (time.time() - options.began) / 60
     notes = dict(command=command_line(), training_minutes=round(seconds / 60, 1), hardware=describe(device),
-                 torch=torch.__version__, samples=n, steps=options.steps, table=rows)
+                 torch=str(torch.__version__), samples=n, steps=options.steps, table=rows)
     export(out / f"{images.name}.pt", model, classifier, reference, notes)
     export(out / f"{images.name}-early.pt", weak, classifier, reference, notes)
     data.write_whole(out / f"{images.name}.json", lambda file: file.write(json.dumps(notes, indent=1).encode()))
@@ -596,5 +601,7 @@ def main(argv=None, **options):
 if __name__ == "__main__":
     try:
         main(sys.argv[1:])
+    except KeyboardInterrupt:
+        sys.exit(130)
     except (data.DataError, ValueError, FileNotFoundError, FloatingPointError) as error:
         sys.exit(f"error: {error}")

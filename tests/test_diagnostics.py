@@ -1,0 +1,76 @@
+"""experiments/diagnostics.py against closed forms."""
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import erg
+from conftest import random_model
+from experiments.diagnostics import attention_certainty, difference_norms, velocity_variances
+
+
+class Attend(nn.Module):
+    def forward(self, q, k, **options):
+        return F.scaled_dot_product_attention(q, k, k, **options)
+
+
+def test_uniform_and_one_hot_attention():
+    """Zero queries give entropy log(N) and no certain row; huge ones give entropy 0 and certain rows alone."""
+    k = torch.eye(7)[None, None]
+    uniform, = attention_certainty(Attend(), torch.zeros(1, 1, 7, 7), k)
+    assert uniform.entropy == pytest.approx(math.log(7), rel=1e-6) and uniform.relative_entropy == pytest.approx(1)
+    assert uniform.certain == 0
+    hot, = attention_certainty(Attend(), 1000 * k, k)
+    assert hot.entropy == pytest.approx(0, abs=1e-6) and hot.certain == 1
+
+
+def test_certainty_against_the_map_itself():
+    """Entropy and share agree with the whole attention map, with masks, causality, scale, groups and chunks."""
+    q, k = torch.randn(2, 4, 9, 8, generator=torch.Generator().manual_seed(0)) * 3, torch.randn(2, 2, 9, 8)
+    keep = torch.rand(2, 1, 9, 9) > 0.3
+    keep[..., 0] = True
+    for options in (dict(), dict(is_causal=True), dict(scale=1.3), dict(attn_mask=keep), dict(attn_mask=keep[:, :, :1])):
+        identity = torch.eye(9).expand(2, 2, 9, 9)
+        p = F.scaled_dot_product_attention(q, k, identity, enable_gqa=True, **options)
+        row, = attention_certainty(Attend(), q, k, threshold=0.6, chunk=4, enable_gqa=True, **options)
+        assert row.entropy == pytest.approx(torch.special.entr(p).sum(-1).mean().item(), rel=1e-5)
+        assert row.certain == pytest.approx((p.amax(-1) > 0.6).float().mean().item(), rel=1e-6)
+
+
+def test_certainty_numbers_every_layer_and_changes_nothing():
+    """One row a layer, in order; the watched forward gives the model's own output; tau raises its layer's entropy."""
+    model = random_model()
+    x, condition = torch.randn(2, 3, 8, 8, dtype=torch.float64), model.encode(["a red seven", "two"])
+    layers = attention_certainty(model, x, 0.5, condition)
+    assert [row.layer for row in layers] == list(range(6))
+    assert len({row.entropy for row in layers}) == 6
+    with pytest.raises(ValueError, match="threshold=2"):
+        attention_certainty(model, x, 0.5, condition, threshold=2)
+
+
+def test_difference_norms_obey_pythagoras():
+    """Parallel and orthogonal parts square up to the difference; I-ERG's negative is rectified after kappa alone."""
+    model = random_model()
+    noise, c = torch.randn(3, 3, 8, 8, dtype=torch.float64), model.encode(["a red seven"] * 3)
+    null = model.encode([""] * 3)
+    t, parallel, orthogonal = difference_norms(model, noise, c, erg.ERG(w=2.0), null, steps=4)
+    assert t.tolist() == [0, 0.25, 0.5, 0.75]
+    first = model(noise, 0.0, c) - model(noise, 0.0, null)
+    assert (parallel[0]**2 + orthogonal[0]**2).item() == pytest.approx(first.square().mean().item(), rel=1e-5)
+    _, parallel, orthogonal = difference_norms(model, noise, c, erg.ERG(w=2.0, tau=0.1, negative="same", kappa=0.3), steps=4)
+    assert (parallel[:2] < 1e-12).all() and (orthogonal[:2] < 1e-12).all() and (orthogonal[2:] > 1e-3).all()
+
+
+def test_velocity_variances_of_a_known_model():
+    """For v = a noise + b c, with independent rows, the four variances are known."""
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(20_000, 1, 1, 1, generator=generator)
+    c = torch.randn(20_000, 1, 1, generator=generator)
+    model = lambda x, t, c: 2 * x + 3 * c.view(-1, 1, 1, 1)
+    v = {name: value.item() for name, value in velocity_variances(model, noise, c, torch.zeros_like(c), 0.5 * c).items()}
+    assert v["marginal null"] == pytest.approx(4, rel=0.05) and v["marginal weak"] == pytest.approx(4 + 2.25, rel=0.05)
+    assert v["conditional null"] == pytest.approx(9, rel=0.05) and v["conditional weak"] == pytest.approx(2.25, rel=0.05)
+    with pytest.raises(ValueError, match="1 samples"):
+        velocity_variances(model, noise[:1], c[:1], c[:1], c[:1])
