@@ -19,10 +19,12 @@ tau = 0 is uniform attention, not "off". alpha = gamma = tau = K = 1 is ordinary
 the paper's K). Layers are range(l_min, l_max), l_max exclusive, numbered among self-attention calls.
 
 Shapes: B batch, H heads, S queries, N keys, D = d head dimension.
-Needs PyTorch 2.5 or newer and nothing else. MIT licence. Version 0.1.0.
+Needs PyTorch 2.5 or newer and nothing else. MIT licence.
 """
 import contextlib
 import math
+import numbers
+import operator
 import re
 import sys
 import threading
@@ -44,17 +46,17 @@ __version__ = "0.1.0"
 
 def _number(name, value, low=-math.inf, strict=False):
     """Raise one clear error unless `value` is a finite number above `low`."""
-    ok = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    ok = isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
     if not ok or value < low or (strict and value == low):
         above = "" if low == -math.inf else f" {'greater than' if strict else 'at least'} {low:g}"
-        raise ValueError(f"{name}={value!r} must be a finite number{above}")
+        raise ValueError(f"{name}={value!r} must be a finite Python number{above}")
 
 
 def hopfield_energy(xi, X, *, beta=None, tau=1.0, alpha=1.0):
     """E(xi) = 1/2 |xi|^2 - alpha * lse(X xi, tau * beta), with lse(z, b) = log(sum exp(b z)) / b (eq. 9).
 
     States xi (..., S, d), patterns X (..., N, d) -> energies (..., S). beta defaults to 1/sqrt(d).
-    tau must be positive: the energy grows without bound as tau -> 0, though its gradient does not.
+    tau must be positive: the energy is unbounded as tau -> 0, though its gradient is not.
     """
     _number("tau", tau, 0, strict=True)
     b = tau * (xi.shape[-1] ** -0.5 if beta is None else beta)
@@ -64,7 +66,7 @@ def hopfield_energy(xi, X, *, beta=None, tau=1.0, alpha=1.0):
 def hopfield_step(xi, X, *, beta=None, tau=1.0, alpha=1.0, gamma=1.0):
     """One descent step, xi - gamma * (xi - alpha * softmax(tau * beta * xi X^T) X) (eq. 6 of eq. 9).
 
-    xi (..., S, d), X (..., N, d) -> (..., S, d). With gamma = 1 the energy never rises (CCCP).
+    xi (..., S, d), X (..., N, d) -> (..., S, d). With gamma = 1 and alpha >= 0 the energy never rises (CCCP).
     """
     _number("tau", tau, 0)
     b = tau * (xi.shape[-1] ** -0.5 if beta is None else beta)
@@ -98,7 +100,7 @@ def _check_slice(name, part, length):
 def _temper(q, tau, queries):
     """What q (B, H, S, D) is multiplied with: tau at the chosen queries, 1 elsewhere."""
     if isinstance(tau, Tensor):
-        if tau.dim() > 1 or (tau.dim() == 1 and len(tau) != len(q)):
+        if tau.shape not in ((), (len(q),)):
             raise ValueError(f"tau has the shape {tuple(tau.shape)}; it must be a number or of shape ({len(q)},)")
         tau = tau.to(q).reshape(-1, *[1] * (q.dim() - 1))  # (B, 1, 1, 1)
     if queries is None:
@@ -123,7 +125,7 @@ def energy_attention(q, k, v, *, tau=1.0, alpha=1.0, gamma=1.0, steps=1, queries
     if (gamma != 1 or steps > 1) and v.shape[-1] != q.shape[-1]:
         raise ValueError(f"v is {v.shape[-1]} wide and q {q.shape[-1]}: they must agree unless gamma = steps = 1")
     factor = None
-    if isinstance(tau, Tensor) or queries is not None:
+    if isinstance(tau, Tensor) or queries is not None or tau == 0:  # scale = 0 would meet a causal mask's -inf as nan
         factor = _temper(q, tau, queries)
     elif tau != 1:  # a plain number is free of charge: it goes into the kernel's scale
         scale = tau * (q.shape[-1] ** -0.5 if scale is None else scale)
@@ -155,13 +157,16 @@ class AttentionCall:
 
 
 def _layers(name, layers):
+    """Layer numbers as a frozenset; None stands for all."""
     if layers is None:
         return None
-    if not isinstance(layers, Collection) or isinstance(layers, (str, bytes)) or not len(layers) \
-            or not all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in layers):
-        raise ValueError(f"{name}={layers!r} must be a collection of layer numbers, at least one and none negative, "
-                         "for example range(6, 8)")
-    return frozenset(layers)
+    try:
+        numbers_ = frozenset(-1 if isinstance(n, bool) else operator.index(n) for n in layers)
+    except TypeError:
+        numbers_ = frozenset()
+    if not numbers_ or min(numbers_) < 0:
+        raise ValueError(f"{name}={layers!r} must hold layer numbers, none negative, for example range(6, 8)")
+    return numbers_
 
 
 @dataclass(frozen=True)
@@ -177,6 +182,7 @@ class _Rule:
     queries: slice | None = None
     attention: Callable | None = None
     kind: str = "self"
+    batch: int | None = None
 
     def __post_init__(self):
         _check_energy(1.0 if self.tau is None else self.tau, self.alpha, self.gamma, self.steps)
@@ -190,6 +196,8 @@ class _Rule:
         for name in ("rows", "queries"):
             if not isinstance(getattr(self, name), (slice, type(None))):
                 raise TypeError(f"{name}={getattr(self, name)!r} must be a slice")
+        if self.queries is not None and self.tau is None and self.attention is None:
+            raise ValueError(f"queries={self.queries} has no effect without tau")
 
     def chooses(self, kind, number):
         return kind == self.kind and (self.layers is None or number in self.layers)
@@ -199,20 +207,27 @@ class _Rule:
         if dropout_p:
             raise ValueError(f"dropout_p={dropout_p} in a rectified attention call: put the model in evaluation mode")
         options = dict(attn_mask=attn_mask, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa)
+        if self.batch is not None and len(query) != self.batch:
+            raise ValueError(f"an attention call has {len(query)} rows where {self.batch} were expected: the model folds "
+                             "other dimensions into the batch; use two passes (batched=False)")
         if self.rows is None:
             return self.rectified(query, key, value, **options)
         if query.dim() != 4:
             raise ValueError(f"rows={self.rows} needs queries of shape (B, H, S, D), not {tuple(query.shape)}")
+        _check_slice("rows", self.rows, len(query))
         rows = self.rows
-        _check_slice("rows", rows, len(query))
         if self.attention is None and (self.alpha, self.gamma, self.steps) == (1, 1, 1):  # one call for all rows
             tau = torch.ones(len(query), device=query.device, dtype=query.dtype)
             tau[rows] = self.tau.to(tau) if isinstance(self.tau, Tensor) else self.tau
             return energy_attention(query, key, value, tau=tau, queries=self.queries, **options)
+        if any(mode.forward_pass.rule and mode.forward_pass.rule.rows is not None for mode in _outer_contexts()):
+            raise ValueError(f"rows={self.rows} with alpha, gamma, steps or attention is computed on these rows alone, so "
+                             "an outer context cannot tell its own rows: make it the outer one")
         plain = F.scaled_dot_product_attention(query, key, value, **options)
         if attn_mask is not None and attn_mask.dim() == 4 and len(attn_mask) > 1:
             options["attn_mask"] = attn_mask[rows]
-        part = self.rectified(query[rows], key[rows], value[rows], **options)
+        key, value = (x if len(x) == 1 else x[rows] for x in (key, value))
+        part = self.rectified(query[rows], key, value, **options)
         return plain.index_copy(0, torch.arange(len(query), device=query.device)[rows], part)
 
     def rectified(self, q, k, v, **options):
@@ -221,6 +236,8 @@ class _Rule:
                                     gamma=self.gamma, steps=self.steps, queries=self.queries, **options)
         out = self.attention(q, k, v, **options)
         if self.queries is None:
+            if _outer_contexts():  # they number this call only if they see one
+                F.scaled_dot_product_attention(q, k, v, **options)
             return out
         _check_slice("queries", self.queries, q.shape[-2])
         chosen = torch.arange(q.shape[-2], device=q.device)[self.queries]
@@ -230,14 +247,19 @@ class _Rule:
 class _Intercept(torch.overrides.TorchFunctionMode):
     """While entered, hands every call of scaled_dot_product_attention to a _Pass; all else goes its way."""
 
-    def __init__(self, forward_pass, module=None):
+    def __init__(self, forward_pass):
         super().__init__()
-        self.forward_pass, self.module = forward_pass, module
+        self.forward_pass = forward_pass
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         if function is F.scaled_dot_product_attention:
-            return self.forward_pass.answer(self.module, *args, **(kwargs or {}))
+            return self.forward_pass.answer(*args, **(kwargs or {}))
         return function(*args, **(kwargs or {}))
+
+
+def _outer_contexts():
+    """The rectifying contexts around the one that is answering a call (its own mode is off meanwhile)."""
+    return [mode for mode in torch.overrides._get_current_function_mode_stack() if isinstance(mode, _Intercept)]
 
 
 _thread = threading.local()  # .call: the model's call that is being answered, so that nested contexts count it once
@@ -246,20 +268,20 @@ _thread = threading.local()  # .call: the model's call that is being answered, s
 class _Pass:
     """One forward pass: numbers its attention calls and rectifies the chosen ones. No rule: only lists them."""
 
-    def __init__(self, rule=None, expected=None):
-        self.rule, self.expected = rule, expected  # expected: attending module -> iterator of (kind, number), or None
+    def __init__(self, rule=None):
+        self.rule, self.active, self.full = rule, True, True
+        self.paused = False  # the model was entered again before this pass ended
         self.calls, self.owners, self.counts = [], [], {"self": 0, "cross": 0}
         self.last, self.chosen, self.done = None, False, set()
-        self.paused = False  # the model was entered again before this pass ended
 
-    def answer(self, module, *args, **kwargs):
-        """Answer a call that `module` made (None: not known)."""
+    def answer(self, *args, **kwargs):
+        """Answer one call of scaled_dot_product_attention."""
         _refuse_recomputation()
         if self.paused:
             return F.scaled_dot_product_attention(*args, **kwargs)
         outer = getattr(_thread, "call", None)
         if outer is None or outer is not self.last:  # else it is a further step of an inner context, counted before
-            self.chosen = self.count(module, *args, **kwargs)
+            self.chosen = self.count(*args, **kwargs)
         self.last = _thread.call = outer or object()
         try:
             if self.chosen:
@@ -268,19 +290,14 @@ class _Pass:
         finally:
             _thread.call = outer
 
-    def count(self, module, query, key, *args, **kwargs):
+    def count(self, query, key, *args, **kwargs):
         """Number this call; whether it is of a chosen layer."""
         kind = "self" if query.shape[-2] == key.shape[-2] else "cross"
-        if self.expected is not None:
-            expected, number = next(self.expected[module], (None, None))
-            if expected != kind:
-                raise RuntimeError(_CHANGED)
-        else:
-            number = self.counts[kind]
-            self.counts[kind] += 1
-            if not torch.compiler.is_compiling():
-                self.calls.append((kind, number, tuple(query.shape), tuple(key.shape)))
-                self.owners.append(_running_module())
+        number = self.counts[kind]
+        self.counts[kind] += 1
+        if self.full and not torch.compiler.is_compiling():
+            self.calls.append((kind, number, tuple(query.shape), tuple(key.shape)))
+            self.owners.append(_running_module())
         chosen = self.rule is not None and self.rule.chooses(kind, number)
         if chosen:
             self.done.add(number)
@@ -288,12 +305,8 @@ class _Pass:
 
     def check(self):
         """After the forward: an error unless every chosen layer was rectified."""
-        if self.expected is not None:
-            if any(next(calls, None) for calls in self.expected.values()):
-                raise RuntimeError(_CHANGED)
-            return
         layers = self.rule.layers
-        missed = sorted(layers - self.done) if layers is not None else [] if self.done else ["0"]
+        missed = sorted(layers - self.done) if layers is not None else [] if self.done else [0]
         if missed:
             raise RuntimeError(
                 f"layers={layers and sorted(layers)}: no attention call {missed[0]} was rectified, because this forward "
@@ -303,18 +316,12 @@ class _Pass:
                 "and replace nn.MultiheadAttention and nn.TransformerEncoder by modules that call it")
 
 
-_CHANGED = ("the attention calls of this forward differ from those by which the model's layers were numbered; the "
-            "numbers are forgotten: run it again")
-
-
 def _running_module():
-    """The innermost nn.Module whose code is running."""
+    """The innermost nn.Module that was called and has not returned."""
     frame = sys._getframe(2)
-    while frame is not None:
-        module = frame.f_locals.get("self")
-        if isinstance(module, nn.Module):
-            return module
+    while frame is not None and frame.f_code is not nn.Module._call_impl.__code__:
         frame = frame.f_back
+    return frame and frame.f_locals["self"]
 
 
 def _refuse_recomputation():
@@ -323,91 +330,103 @@ def _refuse_recomputation():
                            "turn activation checkpointing off")
 
 
-_plans = weakref.WeakKeyDictionary()  # model -> [(module name, kind, number), ...], learned in a full pass
+_attending = weakref.WeakKeyDictionary()  # model -> classes of its modules that attend, learned in its first forward
+_attached = weakref.WeakKeyDictionary()  # model -> its _Attachments that are open, the outermost first
 
 
 class _Attachment:
     """A rule at work on a module: one _Pass for each of its forwards, in the thread that opened the context.
 
     To intercept every torch call of a forward costs 1.6 microseconds a call. So that is done only in a
-    model's first forward, which shows the modules that attend; later ones intercept in these alone.
+    model's first forward, which shows the classes of the modules that attend; later ones intercept only
+    while a module of these classes runs.
     """
 
     def __init__(self, model, rule, when):
         self.model, self.rule, self.when, self.thread = model, rule, when, threading.get_ident()
-        self.passes, self.forwards, self.handles = [], 0, []  # passes under way: the last is the innermost
-        self.attending = None  # module with a chosen call -> all its (kind, number) in order, once the plan is known
-        self.around(model, self.forward)
-        self.follow_plan()
+        self.passes, self.modes, self.handles, self.forwards, self.narrow = [], [], [], 0, False
+        self.hook(model, self.enter, self.leave)
+        _attached.setdefault(model, []).append(self)
+        self.follow()
 
-    def around(self, module, context):
-        """Run the module's forwards inside `context(module, args, kwargs)`."""
-        stacks = []
+    def hook(self, module, enter, leave):
+        def is_mine(called):  # not a deep copy that carries the hooks along, and not another thread
+            return called is module and threading.get_ident() == self.thread
 
-        def enter(module, args, kwargs):
-            if threading.get_ident() == self.thread:
-                stacks.append((contextlib.ExitStack(), sys.exc_info()[1]))
-                stacks[-1][0].enter_context(context(module, args, kwargs))
+        def before(called, args, kwargs):
+            if is_mine(called):
+                enter(args, kwargs)
 
-        def leave(module, *ignored):
-            if threading.get_ident() == self.thread and stacks:
-                stack, before = stacks.pop()
-                stack.__exit__(*(sys.exc_info() if sys.exc_info()[1] is not before else (None, None, None)))
+        def after(called, args, output):
+            if is_mine(called):
+                leave(output)  # None if the forward failed
 
-        self.handles += [module.register_forward_pre_hook(enter, with_kwargs=True),  # last to enter, first to leave
-                         module.register_forward_hook(leave, always_call=True, prepend=True)]
+        self.handles += [module.register_forward_pre_hook(before, with_kwargs=True),  # the last to enter
+                         module.register_forward_hook(after, always_call=True, prepend=True)]  # is the first to leave
 
-    @contextlib.contextmanager
-    def forward(self, module, args, kwargs):
-        self.forwards += 1
-        active = self.when is None or self.when(*args, **kwargs)
-        expected = self.attending and {module: iter(calls) for module, calls in self.attending.items()}
-        this, before = _Pass(self.rule, expected if active else None), self.passes[-1:]
+    def enter(self, args, kwargs):
+        for outer in self.passes[-1:]:
+            outer.paused = True
+        this = _Pass(self.rule)
         self.passes.append(this)
-        for other in before:
-            other.paused = True
-        try:
-            with _Intercept(this) if active and not expected else contextlib.nullcontext():
-                yield
-            if active:
-                this.check()
-        except BaseException:
-            _plans.pop(self.model, None)  # it may be what went wrong, and is soon learned anew
-            raise
-        finally:
-            self.passes.pop()
-            for other in before:
-                other.paused = False
-        if active:
-            self.learn_plan(this)
+        self.forwards += 1
+        this.full, this.active = not self.narrow, self.when is None or bool(self.when(*args, **kwargs))
+        self.push(this.active and this.full)
 
-    @contextlib.contextmanager
-    def attention(self, module, args, kwargs):
+    def leave(self, output):
+        self.pop()
+        this = self.passes.pop()
+        for outer in self.passes[-1:]:
+            outer.paused = False
+        if output is not None and this.active:
+            if this.full and not self.passes:
+                self.learn(this)
+            this.check()
+
+    def enter_attention(self, args, kwargs):
         if not self.passes:
             _refuse_recomputation()
         this = self.passes[-1] if self.passes else None
-        with _Intercept(this, module) if this and this.expected else contextlib.nullcontext():
-            yield
+        inside = any(mode is not None and mode.forward_pass is this for mode in self.modes)  # another attending module
+        self.push(this is not None and this.active and not this.full and not inside)
 
-    def learn_plan(self, this):
-        names = {module: name for name, module in self.model.named_modules()}
-        if this.expected is None and not self.passes and this.calls and names.keys() >= set(this.owners):
-            _plans[self.model] = [(names[owner], *call[:2]) for owner, call in zip(this.owners, this.calls)]
-            self.follow_plan()
+    def leave_attention(self, output):
+        self.pop()
 
-    def follow_plan(self):
-        plan = _plans.get(self.model, ())
-        chosen = [name for name, *call in plan if self.rule.chooses(*call)]
-        if chosen and (self.rule.layers is None or len(chosen) == len(self.rule.layers)):  # else a full pass will tell
-            modules = dict(self.model.named_modules())
-            self.attending = {modules[name]: [call for other, *call in plan if other == name] for name in chosen}
-            for module in self.attending:
-                self.around(module, self.attention)
+    def push(self, really):
+        self.modes.append(_Intercept(self.passes[-1]) if really else None)
+        if really:
+            self.modes[-1].__enter__()
+
+    def pop(self):
+        mode = self.modes.pop() if self.modes else None
+        if mode is not None:
+            mode.__exit__(None, None, None)
+
+    def learn(self, this):
+        if this.owners and set(this.owners) <= set(self.model.modules()):
+            _attending[self.model] = {type(owner) for owner in this.owners}
+            for attachment in _attached[self.model]:
+                attachment.follow()
+
+    def follow(self):
+        if not self.narrow and self.model in _attending:
+            self.narrow = True
+            for module in self.model.modules():
+                if type(module) in _attending[self.model]:
+                    self.hook(module, self.enter_attention, self.leave_attention)
+
+    def close(self):
+        _attached[self.model].remove(self)
+        for handle in self.handles:
+            handle.remove()
+        while self.modes:  # a KeyboardInterrupt runs no hooks
+            self.pop()
 
 
 @contextlib.contextmanager
 def rectify(model=None, *, tau=None, alpha=1.0, gamma=1.0, steps=1, layers=None, rows=None, queries=None,
-            attention=None, when=None, kind="self"):
+            attention=None, when=None, kind="self", batch=None):
     """Context in which a model's attention is replaced by `energy_attention` in some layers (I-ERG, C-ERG).
 
     It reaches every model that calls F.scaled_dot_product_attention, after QK-norm and rotary embedding.
@@ -424,11 +443,15 @@ def rectify(model=None, *, tau=None, alpha=1.0, gamma=1.0, steps=1, layers=None,
     when: a function of the arguments of the model's forward; where it returns False, that forward is
         ordinary. This is kappa inside somebody else's sampling loop.
 
-    The model is left as it was, also after an exception; contexts nest (the inner one is applied first).
+    batch: the rows that every rectified call must have; an error if the model folds space or time into them.
+
+    The model is left as it was, also after an exception. Contexts nest; of two on one module the inner one is
+    applied first. All this holds in the thread that opened the context, and for inference: gradients flow, but
+    activation checkpointing would repeat a forward without its context.
     Raises RuntimeError when a forward ends without having met every chosen layer, or when the context
     ends without a forward: nothing is ever silently left out.
     """
-    rule = _Rule(tau, alpha, gamma, steps, layers, rows, queries, attention, kind)
+    rule = _Rule(tau, alpha, gamma, steps, layers, rows, queries, attention, kind, batch)
     if model is None:
         if when is not None:
             raise ValueError("when=... is asked at the start of a module's forward: give the module, too")
@@ -443,8 +466,7 @@ def rectify(model=None, *, tau=None, alpha=1.0, gamma=1.0, steps=1, layers=None,
     try:
         yield
     finally:
-        for handle in attachment.handles:
-            handle.remove()
+        attachment.close()
     if not attachment.forwards:
         raise RuntimeError(f"{type(model).__name__} was rectified, but its forward never ran in the context: "
                            "is it the module that the sampler calls?")
@@ -452,7 +474,7 @@ def rectify(model=None, *, tau=None, alpha=1.0, gamma=1.0, steps=1, layers=None,
 
 def attention_calls(function, *args, **kwargs):
     """Run function(*args, **kwargs) once, and list its attention calls in order, as AttentionCall."""
-    this = _Pass()
+    this, function = _Pass(), getattr(function, "_orig_mod", function)  # of a compiled module, the module itself
     with _Intercept(this), torch.no_grad():
         function(*args, **kwargs)
     names = {m: name for name, m in function.named_modules()} if isinstance(function, nn.Module) else {}
@@ -470,7 +492,8 @@ def encode(encoder, *args, tau, layers=None, projections=None, **kwargs):
 
     The weak one is all that the encoder returns, pooled vectors included. The encoder is reached through
     scaled_dot_product_attention in its `layers` (None: all). For one that computes attention otherwise,
-    give instead its query `projections`, a list of modules whose output is multiplied by tau (Listing 1).
+    give instead its query `projections`, a list of modules whose output is multiplied by tau (Listing 1);
+    one that yields keys or values, too, would temper them as well, and does not qualify.
     An additive mask (T5's position bias) stays untempered either way.
     Raises ValueError if QK-norm follows a projection and would undo it, and RuntimeError if the weak
     encoding comes out equal to the other one.
@@ -490,8 +513,8 @@ def encode(encoder, *args, tau, layers=None, projections=None, **kwargs):
         finally:
             for handle in handles:
                 handle.remove()
-    if tau != 1 and all(torch.allclose(a, b, rtol=1e-5, atol=1e-6)
-                        for a, b in zip(pytree.tree_leaves(strong), pytree.tree_leaves(weak)) if isinstance(a, Tensor)):
+    pairs = [(a, b) for a, b in zip(pytree.tree_leaves(strong), pytree.tree_leaves(weak)) if isinstance(a, Tensor)]
+    if tau != 1 and pairs and all(torch.allclose(a, b, rtol=1e-5, atol=1e-6) for a, b in pairs):
         raise RuntimeError(f"tau={tau} left the encoding as it was: something after the chosen queries undoes the scale "
                            "(normalization, linear attention), or their attention does not reach the output")
     return strong, weak
@@ -502,7 +525,8 @@ def _refuse_qk_norm(encoder, projections):
     for projection in projections:
         for parent in modules:
             children = dict(parent.named_children())
-            norms = [name for name in children if re.search(r"(^|_)(q|qk|query)_?(layer)?_?norm|norm_?(q|query)", name)]
+            pattern = r"(^|_)(q|qk|query)_?(layer_?)?(norm|ln)|(norm|ln)_?(q|query)"
+            norms = [name for name in children if re.search(pattern, name)]
             if norms and any(child is projection for child in children.values()):
                 raise ValueError(f"projections: {type(parent).__name__} normalizes its queries ({norms[0]}) after the "
                                  "projection, which undoes tau; leave projections out, and load the encoder with "
@@ -554,9 +578,9 @@ class APG:
 def project(v, onto):
     """v (B, ...) as its part parallel to `onto` and the orthogonal rest, per sample over all other dimensions."""
     dims = tuple(range(1, v.dim()))
-    unit = onto.double() / torch.linalg.vector_norm(onto.double(), dim=dims, keepdim=True).clamp_min(1e-12)
-    parallel = (v.double() * unit).sum(dims, keepdim=True) * unit
-    return parallel.to(v), (v.double() - parallel).to(v)
+    unit = onto / torch.linalg.vector_norm(onto, dim=dims, keepdim=True).clamp_min(1e-12)
+    parallel = (v * unit).sum(dims, keepdim=True) * unit
+    return parallel, v - parallel
 
 
 @dataclass(frozen=True)
@@ -585,6 +609,8 @@ class CADS:
             return condition
 
         def one(y):
+            if y.dim() < 2 or not y.is_floating_point():
+                return y  # lengths, masks
             noise = torch.randn(y.shape, generator=generator, device=generator.device if generator else y.device)
             noisy = math.sqrt(g) * y + self.scale * math.sqrt(1 - g) * noise.to(y)
             dims = tuple(range(1, y.dim()))
@@ -623,19 +649,25 @@ class ERG:
     def __post_init__(self):
         if not callable(self.w):
             _number("w", self.w)
-        _check_energy(self.tau, self.alpha, self.gamma, self.steps)
+        _number("tau", self.tau, 0)
         _number("tau_c", self.tau_c, 0)
-        if self.kappa is not None and not 0 <= self.kappa <= 1:
-            raise ValueError(f"kappa={self.kappa!r} must lie between 0 and 1")
+        _check_energy(self.tau, self.alpha, self.gamma, self.steps)
+        if self.kappa is not None and not (isinstance(self.kappa, numbers.Real) and 0 <= self.kappa <= 1):
+            raise ValueError(f"kappa={self.kappa!r} must be a number between 0 and 1")
+        for name, kind in (("queries", slice), ("apg", APG), ("cads", CADS)):
+            if not isinstance(getattr(self, name), (kind, type(None))):
+                raise TypeError(f"{name}={getattr(self, name)!r} must be a {kind.__name__} or None")
         if self.negative not in (None, "null", "same"):
             raise ValueError(f"negative={self.negative!r} must be 'null' or 'same'")
         _layers("layers", self.layers)
-        for name, layers in self.layers_c.items() if isinstance(self.layers_c, Mapping) else [("layers_c", self.layers_c)]:
+        for name, layers in (self.layers_c if isinstance(self.layers_c, Mapping) else {"layers_c": self.layers_c}).items():
             _layers(name, layers)
         for name in ("layers", "kappa", "queries"):
             if getattr(self, name) is not None and not self.rectifies:
                 raise ValueError(f"{name}={getattr(self, name)!r} has no effect: tau = alpha = gamma = steps = 1 "
                                  "leaves the denoiser as it is")
+        if self.queries is not None and self.tau == 1:
+            raise ValueError(f"queries={self.queries!r} has no effect with tau=1")
         if self.layers_c is not None and self.tau_c == 1:
             raise ValueError(f"layers_c={self.layers_c!r} has no effect with tau_c=1")
         if self.negative is not None and self.tau_c != 1:
@@ -653,15 +685,23 @@ class ERG:
         """(condition, the negative's condition) for encoder(*args, **kwargs), once before sampling.
 
         The negative's is the weak encoding with C-ERG, encoder(null, **kwargs) without it, and None, which
-        stands for the condition itself, with negative="same". `name` picks from a layers_c by encoder.
+        stands for the condition itself, with negative="same". `null` is the null prompt in the encoder's terms,
+        or a mapping of all of its keyword arguments. `name` picks from a layers_c by encoder.
         """
+        by_name = isinstance(self.layers_c, Mapping)
+        if by_name != (name is not None) or (by_name and name not in self.layers_c):
+            raise ValueError(f"name={name!r} must be one of {', '.join(self.layers_c)}" if by_name else
+                             f"name={name!r} has no effect: layers_c is not given by encoder")
         if self.tau_c != 1:
-            layers = self.layers_c[name] if isinstance(self.layers_c, Mapping) else self.layers_c
+            layers = self.layers_c[name] if by_name else self.layers_c
             return encode(encoder, *args, tau=self.tau_c, layers=layers, **kwargs)
         if self.negative != "same" and null is None:
             raise ValueError("null=None: without C-ERG the negative's condition is that of the null prompt; "
                              "give it, or choose negative='same'")
-        return encoder(*args, **kwargs), None if self.negative == "same" else encoder(null, **kwargs)
+        condition = encoder(*args, **kwargs)
+        if self.negative == "same":
+            return condition, None
+        return condition, encoder(**null) if isinstance(null, Mapping) else encoder(null, **kwargs)
 
 
 class Guidance:
@@ -671,20 +711,25 @@ class Guidance:
     or dicts of them, or None for an unconditional model. `negative` is the negative's condition, nested
     likewise; None stands for the same condition. eq. 10 and kappa hold as well for a model that predicts
     noise or data (`guide`); APG is computed as for a velocity. Make a new one for each run: it carries APG's
-    momentum. There is no second evaluation where w = 1, or where
-    the negative equals the positive.
+    momentum. There is no second evaluation where w = 1, or where the negative equals the positive.
     """
 
     def __init__(self, settings, negative=None, generator=None):
         if not isinstance(settings, ERG):
             raise TypeError(f"settings={settings!r} must be an erg.ERG")
-        if negative is None and not settings.rectifies and settings.cads is None:
-            raise ValueError("negative=None: without I-ERG the negative needs a condition of its own, such as that of "
-                             "the null prompt")
+        if negative is None and settings.negative != "same":
+            raise ValueError("negative=None: the negative's condition is missing, the weak encoding or that of the null "
+                             "prompt (see ERG.encode); choose negative='same' in the settings to do without")
+        if negative is not None and settings.negative == "same":
+            raise ValueError("a negative condition has no effect with negative='same'")
         self.settings, self.negative, self.generator, self.running = settings, negative, generator, 0.0
 
     def __call__(self, model, x, t, condition=None):
         s, t = self.settings, float(t)
+        if not 0 <= t <= 1:
+            raise ValueError(f"t={t} must lie between 0 (noise) and 1 (data)")
+        if condition is None and (self.negative is not None or s.cads is not None):
+            raise ValueError("condition=None leaves nothing to contrast with the negative's condition, or to anneal")
         w = s.w(t) if callable(s.w) else s.w
         positive = condition if s.cads is None else s.cads.anneal(condition, t, self.generator)
         negative = condition if self.negative is None else self.negative
@@ -696,42 +741,49 @@ class Guidance:
             return guide(v_pos, v_neg, w)
         if t >= 1:
             raise ValueError(f"t={t} must be less than 1 with APG, which divides by 1 - t")
-        x1, self.running = s.apg.update(x + (1 - t) * v_pos, x + (1 - t) * v_neg, w, self.running)
-        return (x1 - x) / (1 - t)
+        wide = torch.promote_types(v_pos.dtype, torch.float32)  # x1 - x cancels near t = 1
+        y, v_pos, v_neg = x.to(wide), v_pos.to(wide), v_neg.to(wide)
+        x1, self.running = s.apg.update(y + (1 - t) * v_pos, y + (1 - t) * v_neg, w, self.running)
+        return ((x1 - y) / (1 - t)).to(x.dtype)
 
     def rectifies_at(self, t):
         """Whether I-ERG acts at t: strictly after kappa."""
-        return self.settings.rectifies and t > (0.2 if self.settings.kappa is None else self.settings.kappa)
+        kappa = 0.2 if self.settings.kappa is None else self.settings.kappa
+        return self.settings.rectifies and t > kappa + 1e-6  # so that kappa in float32 does not exceed itself
 
     def predictions(self, model, x, t, positive, negative, rectified):
         """v_pos and v_neg, in one pass of 2B rows or in two."""
         s, B = self.settings, len(x)
 
-        def rectify_rows(rows):
+        def rectify_rows(**rows):
             if not rectified:
                 return contextlib.nullcontext()
             return rectify(model if isinstance(model, nn.Module) else None, tau=s.tau, alpha=s.alpha, gamma=s.gamma,
-                           steps=s.steps, layers=s.layers, rows=rows, queries=s.queries)
+                           steps=s.steps, layers=s.layers, queries=s.queries, **rows)
 
+        negative = pytree.tree_map(_fill, negative, positive)
         if s.batched:
             both = torch.cat([x, x])
-            with rectify_rows(slice(B, 2 * B)):
-                v = model(both, _times(t, both), pytree.tree_map(_stack, positive, negative))
+            conditions = pytree.tree_map(lambda p, n: torch.cat([p, n]) if isinstance(p, Tensor) else p, positive, negative)
+            with rectify_rows(rows=slice(B, 2 * B), batch=2 * B):
+                v = model(both, _times(t, both), conditions)
             return v.chunk(2)
         v_pos = model(x, _times(t, x), positive)
-        with rectify_rows(None):
+        with rectify_rows():
             return v_pos, model(x, _times(t, x), negative)
 
 
-def _stack(positive, negative):
-    return None if positive is None else torch.cat([positive, negative])
+def _fill(negative, positive):
+    """A negative condition of one row, such as the null prompt's, repeated for all rows of the positive."""
+    return negative.expand(len(positive), *negative.shape[1:]) if isinstance(negative, Tensor) else negative
 
 
 def _times(t, x):
     return torch.full((len(x),), t, dtype=torch.float32, device=x.device)
 
 
-# Table 7. It gives no w: 5.0 for SD3 is from appendix E, the others from Table 6 and figures 12 and 16.
+# Table 7. It gives no w: 5.0 for SD3 is from appendix E, the others from Table 6 and figures 12 and 16. Where text
+# tokens take part in the attention (the first and the last), add queries=slice(...) of the image tokens: Listing 2.
 PRESETS = {
     "mmdit-text-to-image": ERG(w=5.0, tau=0.01, layers=range(10, 17), kappa=0.4, tau_c=0.01, gamma=1.5,
                                layers_c={"llama3": range(0, 32), "t5": range(0, 24)}),

@@ -112,6 +112,15 @@ def test_tau_zero_is_the_mean_of_the_values():
     torch.testing.assert_close(erg.energy_attention(q, k, v, tau=1e-9), mean, rtol=0, atol=1e-7)
 
 
+def test_tau_zero_keeps_the_mask():
+    """At tau = 0 a causal or boolean mask still holds: each query takes the mean of the values it may see."""
+    q, k, v = draw((2, 3, 5, 8), (2, 3, 5, 8), (2, 3, 5, 8))
+    mean = v.cumsum(2) / torch.arange(1, 6).view(5, 1)
+    for options in (dict(is_causal=True), dict(attn_mask=torch.ones(5, 5).tril().bool())):
+        for tau in (0.0, 1e-12):
+            torch.testing.assert_close(erg.energy_attention(q, k, v, tau=tau, **options), mean, rtol=0, atol=1e-9)
+
+
 def test_tau_infinite_is_the_value_of_the_nearest_key():
     """tau -> infinity gives the value whose key has the largest product with the query."""
     q, k, v = draw((2, 3, 5, 8), (2, 3, 7, 8), (2, 3, 7, 8))
@@ -247,6 +256,6 @@ def test_value_width_must_agree_where_the_residual_needs_it():
 def test_the_energy_needs_a_positive_tau():
     """The energy diverges at tau = 0, and says so; the step does not."""
     xi, X = draw((3, 4), (5, 4))
-    with pytest.raises(ValueError, match="tau=0.0 must be a finite number greater than 0"):
+    with pytest.raises(ValueError, match="tau=0.0 must be a finite Python number greater than 0"):
         erg.hopfield_energy(xi, X, tau=0.0)
     torch.testing.assert_close(erg.hopfield_step(xi, X, tau=0.0), X.mean(0).expand(3, 4))

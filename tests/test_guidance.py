@@ -223,6 +223,32 @@ def test_w_one_is_the_positive_prediction(model, inputs, tokens, null):
     torch.testing.assert_close(step(erg.ERG(w=1 + 1e-9, tau=0.1), model, x, tokens, null), plain, rtol=0, atol=1e-6)
 
 
+def test_one_null_prompt_serves_all_rows(model, inputs, tokens, null):
+    """A negative condition of a single row is repeated, in one batch as in two passes."""
+    x, condition, encoded = inputs[0], model.encoder(tokens), model.encoder(null)
+    expected = erg.Guidance(erg.ERG(w=3.0), encoded)(model, x, 0.5, condition)
+    for batched in (True, False):
+        v = erg.Guidance(erg.ERG(w=3.0, batched=batched), encoded[:1])(model, x, 0.5, condition)
+        torch.testing.assert_close(v, expected, rtol=0, atol=1e-12)
+
+
+def test_times_in_single_precision_meet_kappa(model, inputs, tokens, null):
+    """t = kappa is not after kappa when t comes as a float32 tensor, either."""
+    condition, negative = model.encoder(tokens), model.encoder(null)
+    for kappa in (0.2, 0.3, 0.4, 0.7):
+        guidance = erg.Guidance(erg.ERG(w=3.0, tau=0.1, kappa=kappa), negative)
+        assert torch.equal(guidance(model, inputs[0], torch.tensor(kappa), condition),
+                           erg.Guidance(erg.ERG(w=3.0), negative)(model, inputs[0], kappa, condition))
+
+
+def test_the_null_prompt_may_have_its_own_arguments():
+    """`null` may be a mapping of the encoder's keyword arguments, such as its own attention mask."""
+    encoder = lambda tokens, mask: tokens * mask
+    condition, negative = erg.ERG(w=2.0).encode(encoder, torch.ones(3), mask=torch.ones(3),
+                                                null={"tokens": torch.ones(3), "mask": torch.zeros(3)})
+    assert condition.sum() == 3 and negative.sum() == 0
+
+
 def test_w_may_be_a_function_of_t(model, inputs, tokens, null):
     """A function of t gives at each t what the number would."""
     for t in (0.1, 0.6):
@@ -299,6 +325,16 @@ def test_apg_guides_in_data_space(model, inputs, tokens, null):
     assert (in_velocity - (x1 - x) / 0.4).abs().max() > 1e-2
 
 
+def test_apg_in_half_precision_does_not_cancel():
+    """APG that changes nothing gives eq. 10 also in bfloat16 and close to t = 1, where x1 - x is small."""
+    v_pos, v_neg, x = torch.randn(3, 2, 3, 8, 8, generator=torch.Generator().manual_seed(0)).bfloat16()
+    model = lambda x, t, c: torch.where((c == 1).view(-1, 1, 1, 1), torch.cat([v_pos, v_pos]), torch.cat([v_neg, v_neg]))
+    settings = erg.ERG(w=2.0, apg=erg.APG(momentum=0.0, eta=1.0, norm_threshold=0.0))
+    v = erg.Guidance(settings, torch.zeros(2))(model, x, 0.98, torch.ones(2))
+    expected = 2 * v_pos.float() - v_neg.float()
+    assert v.dtype == torch.bfloat16 and (v.float() - expected).norm() / expected.norm() < 0.01
+
+
 def test_project_splits_into_orthogonal_parts():
     """The parts sum to the whole, one is along the target, the other at right angles to it."""
     v, onto = torch.randn(2, 3, 4, 5, dtype=torch.float64)
@@ -321,6 +357,13 @@ def test_cads_schedule_and_moments():
     plain = erg.CADS(tau1=0.6, tau2=0.9, scale=0.25, psi=0.0).anneal(y, 0.25, torch.Generator().manual_seed(0))
     noise = torch.randn(y.shape, generator=torch.Generator().manual_seed(0)).double()
     torch.testing.assert_close(plain, math.sqrt(0.5) * y + 0.25 * math.sqrt(0.5) * noise, rtol=1e-9, atol=1e-9)
+
+
+def test_cads_leaves_masks_and_lengths_alone():
+    """In a nested condition, tensors of whole numbers and one-dimensional ones are not annealed."""
+    y = {"tokens": torch.randn(2, 5, 3), "mask": torch.ones(2, 5, dtype=torch.bool), "length": torch.ones(2)}
+    noisy = erg.CADS().anneal(y, 0.0)
+    assert noisy["mask"] is y["mask"] and noisy["length"] is y["length"] and not torch.equal(noisy["tokens"], y["tokens"])
 
 
 def test_cads_touches_the_positive_alone(model, inputs, tokens, null):
@@ -365,13 +408,26 @@ def test_settings_are_frozen_and_missing_conditions_are_named(model, tokens, inp
         settings.w = 3.0
     with pytest.raises(ValueError, match="null=None"):
         settings.encode(model.encoder, tokens)
-    with pytest.raises(ValueError, match="negative=None"):
-        erg.Guidance(settings)
+    for missing in (settings, erg.PRESETS["sd3-medium"], erg.PRESETS["dit-xl-2"]):
+        with pytest.raises(ValueError, match="negative=None"):
+            erg.Guidance(missing)
+    with pytest.raises(ValueError, match="no effect with negative='same'"):
+        erg.Guidance(erg.PRESETS["mmdit-unconditional"], inputs[2])
+    with pytest.raises(ValueError, match="name='clip' has no effect"):
+        settings.encode(model.encoder, tokens, name="clip")
+    for wrong in (dict(apg=True), dict(cads={}), dict(tau=0.1, queries=16)):
+        with pytest.raises(TypeError, match="must be a .* or None"):
+            erg.ERG(w=2.0, **wrong)
     with pytest.raises(TypeError, match="must be an erg.ERG"):
         erg.Guidance(2.0)
     apg = erg.ERG(w=2.0, tau=0.1, negative="same", apg=erg.APG())
     with pytest.raises(ValueError, match="t=1.0"):
         erg.Guidance(apg)(model, inputs[0], 1.0, inputs[2])
+    for t in (500, -0.1, float("nan")):
+        with pytest.raises(ValueError, match="must lie between 0 .noise. and 1"):
+            erg.Guidance(apg)(model, inputs[0], t, inputs[2])
+    with pytest.raises(ValueError, match="condition=None"):
+        erg.Guidance(settings, inputs[2])(model, inputs[0], 0.5)
 
 
 def test_presets_are_table_7():
@@ -394,6 +450,8 @@ def test_presets_run(tokens, null):
     model = random_model(depth=8, text_depth=10)
     x = torch.randn(4, 3, 8, 8, dtype=torch.float64)
     settings = erg.PRESETS["sd3-medium"]
+    with pytest.raises(ValueError, match="name='clip' must be one of openclip-vit-g, clip-vit-l, t5-xxl"):
+        settings.encode(model.encoder, tokens, name="clip")
     condition, negative = settings.encode(model.encoder, tokens, name="clip-vit-l")
     v = erg.Guidance(settings, negative)(model, x, 0.5, condition)
     assert (v - model(x, 0.5, condition)).abs().max() > 1e-3
