@@ -161,12 +161,12 @@ def _layers(name, layers):
     if layers is None:
         return None
     try:
-        numbers_ = frozenset(-1 if isinstance(n, bool) else operator.index(n) for n in layers)
+        chosen = frozenset(-1 if isinstance(n, bool) else operator.index(n) for n in layers)
     except TypeError:
-        numbers_ = frozenset()
-    if not numbers_ or min(numbers_) < 0:
+        chosen = frozenset()
+    if not chosen or min(chosen) < 0:
         raise ValueError(f"{name}={layers!r} must hold layer numbers, none negative, for example range(6, 8)")
-    return numbers_
+    return chosen
 
 
 @dataclass(frozen=True)
@@ -374,6 +374,8 @@ class _Attachment:
         self.push(this.active and this.full)
 
     def leave(self, output):
+        if not self.passes:  # another hook failed before `enter`
+            return
         self.pop()
         this = self.passes.pop()
         for outer in self.passes[-1:]:
@@ -442,7 +444,6 @@ def rectify(model=None, *, tau=None, alpha=1.0, gamma=1.0, steps=1, layers=None,
         weak models such as PAG or SEG; `queries` then says which of its outputs are used.
     when: a function of the arguments of the model's forward; where it returns False, that forward is
         ordinary. This is kappa inside somebody else's sampling loop.
-
     batch: the rows that every rectified call must have; an error if the model folds space or time into them.
 
     The model is left as it was, also after an exception. Contexts nest; of two on one module the inner one is

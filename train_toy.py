@@ -5,6 +5,7 @@
     python train_toy.py --dataset mnist --resume                 # go on where it was stopped
     torchrun --standalone --nproc_per_node 2 train_toy.py --dataset cifar10   # several GPUs, same global batch
     python train_toy.py --prompt "a red seven on blue" --method erg --w 2   # sample from shipped weights
+    python train_toy.py --dataset mnist --compare                # all methods on them, in one table
 
 Training writes under --out: DATASET.pt (the averaged model in half precision, its classifier and
 reference features), DATASET-early.pt (the same after 1/16 of the training, a weak model),
@@ -463,65 +464,84 @@ def train_and_compare(options):
         compile=options.compile, resume=options.resume, save_every=options.save_every)
     if stopped:
         if main_process():
-            print(f"\nStopped and saved after {seconds / 60:.1f} minutes. To go on: {resume_command()}")
+            again = options.command + ("" if options.resume else " --resume")
+            print(f"\nStopped and saved after {seconds / 60:.1f} minutes. To go on: {again}")
         raise KeyboardInterrupt
     if not main_process():
         return {}
     draw_loss(curve, out / f"{images.name}-loss.png", images.name)
 
     classifier = train_classifier(images, options.classifier_iterations, seed=options.seed, device=device)
-    n, generator = options.samples or recipe.samples, torch.Generator().manual_seed(options.seed)
-    real, _, real_attributes = images.batch(torch.randperm(len(images), generator=generator)[:max(n, 1000)], generator)
-    other, captions, attributes = held_out.batch(
-        torch.randint(len(held_out), (n,), generator=generator) if n > len(held_out)
-        else torch.randperm(len(held_out), generator=generator)[:n], generator)
+    generator = torch.Generator().manual_seed(options.seed)
+    real, *_ = images.batch(torch.randperm(len(images), generator=generator)[:5000], generator)
     reference = features_of(classifier, real)
-    rows = {"held out": evaluate(other, attributes, classifier, reference)}
-    pictures = {"real": other}
-    for label, method in (("no guidance", "none"), ("CFG", "cfg"), ("ERG", "erg")):
-        settings = guidance_settings(method, recipe, w=options.w if method != "none" else None)
-        pictures[label] = generate(model, captions, settings, options.steps, options.seed)
-        rows[label] = evaluate(pictures[label], attributes, classifier, reference)
-    minutes = (time.time() - options.began) / 60
-    notes = dict(command=command_line(), training_minutes=round(seconds / 60, 1), hardware=describe(device),
-                 torch=str(torch.__version__), samples=n, steps=options.steps, table=rows)
+    rows = compare(model, classifier, reference, held_out, ("none", "cfg", "erg"), options,
+                   f"{seconds / 60:.1f} minutes of training")
+    notes = dict(command=options.command, training_minutes=round(seconds / 60, 1), hardware=describe(device),
+                 torch=str(torch.__version__), table=rows)
     export(out / f"{images.name}.pt", model, classifier, reference, notes)
     export(out / f"{images.name}-early.pt", weak, classifier, reference, notes)
     data.write_whole(out / f"{images.name}.json", lambda file: file.write(json.dumps(notes, indent=1).encode()))
-    w = options.w or recipe.w
-    draw_grid({label: x[:10] for label, x in pictures.items()}, captions[:10], out / f"{images.name}.png",
-              f"{images.name}: the same captions and seeds, w = {w:g}, {options.steps} steps "
-              f"({seconds / 60:.1f} minutes of training)")
-    print_table(rows)
-    print(f"{n} images a row, w = {w:g}; {minutes:.1f} minutes in all, {describe(device)}. "
-          f"Pictures and weights: {out}/{images.name}*")
+    print(f"{(time.time() - options.began) / 60:.1f} minutes in all, {describe(device)}. Written: {out}/{images.name}*")
     return rows
 
 
-def resume_command():
-    return command_line() + ("" if "--resume" in sys.argv else " --resume")
+def compare(model, classifier, reference, held_out, methods, options, title):
+    """Sample with each method from the same captions and seeds; draw and print what comes out, return the table."""
+    recipe, generator = RECIPES[held_out.name], torch.Generator().manual_seed(options.seed)
+    n = options.samples or recipe.samples
+    real, captions, attributes = held_out.batch(torch.randperm(len(held_out), generator=generator)[:n], generator)
+    rows, pictures = {"held out": evaluate(real, attributes, classifier, reference)}, {"real": real}
+    for method in methods:
+        obeyed = {name: getattr(options, name) for name in METHODS[method]}
+        settings = guidance_settings(method, recipe, **obeyed)
+        label = {"none": "no guidance", "i-erg": "I-ERG", "c-erg": "C-ERG"}.get(method, method.upper())
+        pictures[label] = generate(model, captions, settings, options.steps, options.seed)
+        rows[label] = evaluate(pictures[label], attributes, classifier, reference)
+    w = recipe.w if options.w is None else options.w
+    draw_grid({label: x[:10] for label, x in pictures.items()}, captions[:10], Path(options.out) / f"{held_out.name}.png",
+              f"{held_out.name}: the same captions and seeds, w = {w:g}, {options.steps} steps ({title})")
+    print_table(rows)
+    print(f"{len(real)} images a row against {len(reference)} real ones, w = {w:g}, {options.steps} steps")
+    return rows
 
 
-def command_line():
-    return "python " + " ".join([Path(sys.argv[0]).name, *map(shlex.quote, sys.argv[1:])])
+def compare_checkpoint(options):
+    """The table and picture of all methods from a checkpoint, without training; returns the table."""
+    device = choose_device(options.device)
+    path = find_checkpoint(options)
+    model, classifier, reference, _ = load_checkpoint(path, device)
+    held_out = data.load(options.dataset, options.data_dir, "test")
+    if held_out.vocabulary != model.config.vocabulary or held_out.size != model.config.image_size:
+        raise ValueError(f"checkpoint={str(path)!r} was not trained on dataset={options.dataset!r}")
+    rows = compare(model, classifier, reference, held_out, METHODS, options, path.name)
+    print(f"{(time.time() - options.began) / 60:.1f} minutes, {describe(device)}. "
+          f"Picture: {Path(options.out) / options.dataset}.png")
+    return rows
+
+
+def find_checkpoint(options):
+    """--checkpoint, or the newest that fits --dataset: OUT/DATASET.pt, then weights/DATASET.pt."""
+    if options.checkpoint:
+        return Path(options.checkpoint)
+    own, shipped = (folder / f"{options.dataset}.pt" for folder in (Path(options.out), WEIGHTS))
+    return own if own.is_file() else shipped
 
 
 def sample_prompt(options):
     """Sample --count images of a prompt from a checkpoint, and write them as a picture; returns them."""
     device = choose_device(options.device)
-    path = options.checkpoint or next((p for p in (Path(options.out) / f"{options.dataset}.pt",
-                                                   WEIGHTS / f"{options.dataset}.pt") if p.is_file()),
-                                      WEIGHTS / f"{options.dataset}.pt")
+    path, method, count = find_checkpoint(options), options.method or "erg", options.count or 8
     model, *_ = load_checkpoint(path, device)
     name = "cifar10" if "horse" in model.config.vocabulary else "digits" if model.config.image_size == 8 else "mnist"
     flags = {flag: getattr(options, flag) for flag in ("w", "tau_c", "negative", *RECTIFIER_FLAGS)}
-    settings = guidance_settings(options.method, RECIPES[name], **flags)
-    images = generate(model, [options.prompt] * options.count, settings, options.steps, options.seed)
-    file = Path(options.out) / f"{options.method}.png" if options.picture is None else Path(options.picture)
-    title = options.method if settings is None else f"{options.method}: {settings}"
-    draw_grid({options.method: images}, [f"seed {options.seed}"] + [""] * (options.count - 1), file,
-              f"“{options.prompt}”\n{title if len(title) < 150 else title[:147] + '...'}")
-    print(f"{path}: {options.count} images of {options.prompt!r} with {settings or 'no guidance'} -> {file}")
+    settings = guidance_settings(method, RECIPES[name], **flags)
+    images = generate(model, [options.prompt] * count, settings, options.steps, options.seed)
+    file = Path(options.picture or Path(options.out) / f"{method}.png")
+    given = ", ".join(f"{flag} = {value}" for flag, value in flags.items() if value is not None)
+    draw_grid({method: images}, [f"seed {options.seed}"] + [""] * (count - 1), file,
+              f"“{options.prompt}”" + (f", {given}" if given else ""))
+    print(f"{path}: {count} images of {options.prompt!r} with {settings or 'no guidance'} -> {file}")
     return images
 
 
@@ -555,13 +575,17 @@ def arguments():
     add("--resume", action="store_true", help="go on from the last checkpoint under --out")
     add("--samples", type=int, help="images a row of the table")
     add("--classifier-iterations", default=1000, type=int, help="training steps of the attribute classifier")
-    group = parser.add_argument_group("sampling (with --prompt)")
+    group = parser.add_argument_group("one prompt, without training")
     add = group.add_argument
     add("--prompt", help='for example "a red seven on blue"; "" is unconditional')
-    add("--checkpoint", help="a file of weights; otherwise OUT/DATASET.pt, then weights/DATASET.pt")
-    add("--method", default="erg", choices=METHODS, help="the guidance")
-    add("--count", default=8, type=int, help="images")
-    add("--picture", help="file to write; otherwise OUT/METHOD.png")
+    add("--method", choices=METHODS, help="the guidance: erg if not given")
+    add("--count", type=int, help="images: 8 if not given")
+    add("--picture", help="file to write: OUT/METHOD.png if not given")
+    group = parser.add_argument_group("all methods, without training")
+    group.add_argument("--compare", action="store_true", help="the table and picture of all methods, from a checkpoint")
+    group = parser.add_argument_group("guidance (what is not given comes from the data set's recipe)")
+    add = group.add_argument
+    add("--checkpoint", help="with --prompt or --compare: weights; otherwise OUT/DATASET.pt, then weights/DATASET.pt")
     add("--w", type=float, help="guidance weight; 1 is off")
     add("--tau-i", type=float, help="I-ERG: temperature in the denoiser; below 1 flattens attention")
     add("--tau-c", type=float, help="C-ERG: temperature in the caption encoder")
@@ -570,21 +594,35 @@ def arguments():
     add("--K", type=int, help="steps of energy attention")
     add("--kappa", type=float, help="I-ERG acts where t > kappa")
     add("--layers", type=layer_range, help="I-ERG's layers, for example 3:6 for 3, 4 and 5")
-    add("--negative", choices=("null", "same"), help="condition of the negative, for --method i-erg")
+    add("--negative", choices=("null", "same"), help="condition of I-ERG's negative")
     return parser
+
+
+def refuse_unused(parser, options):
+    """An error for a flag that was given and would do nothing in this mode."""
+    mode = "--prompt" if options.prompt is not None else "--compare" if options.compare else "training"
+    unused = {"--prompt": ["compare", "data_dir", "samples"], "--compare": ["method", "count", "picture"],
+              "training": ["method", "count", "picture", "checkpoint"]}[mode]
+    if mode != "training":
+        unused += ["iterations", "batch", "lr", "schedule", "ema", "clip", "compile", "save_every", "resume",
+                   "classifier_iterations"]
+    for name in unused:
+        if getattr(options, name) != parser.get_default(name):
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(options, name)} has no effect with {mode}")
 
 
 def main(argv=None, **options):
     """Run as the command line does: `main(iterations=20, out="out")`; returns the table, or the images."""
-    known = arguments()
-    values = known.parse_args([] if argv is None else argv)
+    parser = arguments()
+    values = parser.parse_args([] if argv is None else argv)
     for name, value in options.items():
         if not hasattr(values, name):
             raise TypeError(f"main() has no option {name!r}; the options are: {', '.join(sorted(vars(values)))}")
         setattr(values, name, value)
-    values.began = time.time()
-    if values.prompt is not None:
-        return sample_prompt(values)
+    refuse_unused(parser, values)
+    values.began, values.command = time.time(), shlex.join(["python", "train_toy.py", *(argv or [])])
+    if values.prompt is not None or values.compare:
+        return compare_checkpoint(values) if values.compare else sample_prompt(values)
     started = int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized()
     if started:
         device = choose_device(values.device)

@@ -263,6 +263,30 @@ def test_flags_that_would_do_nothing_raise(checkpoint, tmp_path):
             draw(checkpoint, tmp_path, **options)
 
 
+def test_flags_of_another_mode_raise(checkpoint, tmp_path):
+    """A training flag with --prompt, or a sampling flag in training, is an error before anything runs."""
+    for options, message in ((dict(prompt="seven", iterations=5), "--iterations 5 has no effect with --prompt"),
+                             (dict(compare=True, resume=True), "--resume True has no effect with --compare"),
+                             (dict(method="cfg"), "--method cfg has no effect with training")):
+        with pytest.raises(ValueError, match=message):
+            train_toy.main(checkpoint=checkpoint if "prompt" in options else None, out=str(tmp_path), **options)
+    assert not list(tmp_path.iterdir())
+
+
+def test_compare_tables_every_method(finished, capsys):
+    """--compare samples all methods from a checkpoint; its rows for the trained comparison are the same numbers."""
+    out, table = finished
+    rows = train_toy.main(compare=True, out=str(out), samples=12, steps=3)
+    assert list(rows) == ["held out", "no guidance", "CFG", "C-ERG", "I-ERG", "ERG", "ERG+APG", "ERG+CADS"]
+    assert rows["no guidance"]["frechet"] == pytest.approx(table["no guidance"]["frechet"], rel=0.05)
+    assert "ERG+CADS" in capsys.readouterr().out
+    other = dataclasses.replace(data.load("digits"), pixels=torch.zeros(1, 28, 28))
+    with pytest.raises(ValueError, match="was not trained on dataset='mnist'"):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(train_toy.data, "load", lambda *_: other)
+            train_toy.main(compare=True, dataset="mnist", checkpoint=str(out / "digits.pt"), out=str(out))
+
+
 def test_the_command_line_speaks_clearly(checkpoint, tmp_path):
     """An unknown word names the vocabulary, a missing checkpoint those that exist, a wrong range its form: no traceback."""
     for arguments, message in ((["--prompt", "a pink seven", "--checkpoint", checkpoint], "unknown word 'pink'"),
