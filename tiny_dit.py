@@ -79,7 +79,7 @@ def drop_words(tokens, caption=0.1, word=0.1, generator=None):
     """Training's dropout: whole captions (rate `caption`) and single words (rate `word`).
 
     The words that stay move to the front, as if the shorter caption had been typed: (B, L) -> (B, L).
-    It teaches the null prompt that CFG needs, and short prompts such as the class word alone.
+    It teaches the null prompt that CFG needs, and prompts that lack words.
     """
     B, L = tokens.shape
     keep = torch.rand(B, L, generator=generator) >= word

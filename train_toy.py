@@ -95,7 +95,7 @@ class AttributeClassifier(nn.Module):
 
     def accuracy(self, x, attributes):
         """Share of images whose attributes are recognized, an entry an attribute, and "prompt": all at once."""
-        right = torch.stack([y.argmax(1) for y in self(x)], dim=1) == attributes  # (B, A)
+        right = (torch.stack([y.argmax(1) for y in self(x)], dim=1) == attributes).cpu()  # (B, A)
         return right.double().mean(0).tolist() + [right.all(1).double().mean().item()]
 
 
@@ -197,7 +197,7 @@ def train(images, recipe, out, *, iterations, batch, lr, schedule, ema, clip, se
                     clip=clip, t_mean=recipe.t_mean, seed=seed, config=dataclasses.asdict(config))
     path, start, seconds, curve = out / f"{images.name}-training.pt", 0, 0.0, torch.zeros(0, BINS)
     if resume:
-        state = load_training_state(path, settings, device)
+        state = load_training_state(path, settings)
         model.load_state_dict(state["model"])
         average.load_state_dict(state["average"])
         optimizer.load_state_dict(state["optimizer"])
@@ -225,7 +225,7 @@ def train(images, recipe, out, *, iterations, batch, lr, schedule, ema, clip, se
         for step in range(start, iterations):
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, iterations, lr, schedule)
-            x, tokens, t, noise = (y[part].to(device, non_blocking=True)
+            x, tokens, t, noise = (y[part].to(device)
                                    for y in draw_batch(images, config, batch, recipe.t_mean, seed, step))
             with torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else contextlib.nullcontext():
                 losses = loss_of(x, tokens, t, noise)
@@ -239,7 +239,7 @@ def train(images, recipe, out, *, iterations, batch, lr, schedule, ema, clip, se
                 which = (t * BINS).long().clamp_max(BINS - 1)
                 bins.index_add_(1, which, torch.stack([losses.float(), torch.ones_like(t)]))
             done = step + 1
-            if done % log_every == 0:
+            if done % log_every == 0 or done == iterations:
                 if world > 1:
                     dist.all_reduce(bins)
                 curve = torch.cat([curve, (bins[0] / bins[1]).cpu()[None]])
@@ -258,7 +258,7 @@ def train(images, recipe, out, *, iterations, batch, lr, schedule, ema, clip, se
                 break
     weak = TinyDiT(config).to(device)
     weak.load_state_dict(early or average.state_dict())
-    return average.eval(), weak.eval(), curve, time.time() - began, stop and done < iterations
+    return average.eval(), weak.eval(), curve, time.time() - began, stop
 
 
 def agreed(stop, device):
@@ -270,15 +270,16 @@ def agreed(stop, device):
     return flag.item() > 0
 
 
-def load_training_state(path, settings, device):
+def load_training_state(path, settings):
     """The state to resume from; a clear error when there is none, or when it belongs to other settings."""
     if not path.is_file():
-        raise SystemExit(f"--resume: {path} does not exist; start without --resume, or name its folder with --out")
-    state = torch.load(path, map_location=device, weights_only=True)
+        raise FileNotFoundError(f"--resume: {path} does not exist; start without --resume, or name its folder with --out "
+                                "(several machines need a shared one)")
+    state = torch.load(path, map_location="cpu", weights_only=True)
     changed = {name: (old, settings[name]) for name, old in state["settings"].items() if old != settings[name]}
     if changed:
         name, (old, new) = next(iter(changed.items()))
-        raise SystemExit(f"--resume: {path} was trained with {name}={old!r}, not {new!r}; give the same settings")
+        raise ValueError(f"--resume: {path} was trained with {name}={old!r}, not {new!r}; give the same settings")
     return state
 
 
@@ -347,7 +348,11 @@ def guidance_settings(method, recipe, **flags):
     names = {"tau_i": "tau", "K": "steps"}
     chosen = {names.get(name, name): value for name, value in chosen.items() if value is not None}
     if "layers" in chosen:
-        chosen["layers"] = range(*chosen["layers"])
+        first, end = chosen["layers"]
+        depth = Config(vocabulary=("a",), **recipe.model).depth
+        if end > depth:
+            raise ValueError(f"layers={first}:{end} must end at {depth} or before: the model has {depth} layers")
+        chosen["layers"] = range(first, end)
     return erg.ERG(**chosen, apg=erg.APG() if method == "erg+apg" else None,
                    cads=erg.CADS() if method == "erg+cads" else None)
 
@@ -356,6 +361,8 @@ def guidance_settings(method, recipe, **flags):
 def generate(model, captions, settings=None, steps=25, seed=0, batch=128):
     """Images (n, C, S, S) in [-1, 1] for n captions; the same seed gives every method the same noise."""
     config, device = model.config, model.positions.device
+    if settings is not None and settings.tau != 1 and settings.queries is None:
+        settings = dataclasses.replace(settings, queries=slice(0, model.side**2))  # tau on image tokens: Listing 2
     shape = (len(captions), config.channels, config.image_size, config.image_size)
     noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
     tokens, null = tokenize(captions, config), tokenize([""], config)
@@ -435,7 +442,9 @@ def draw_loss(curve, path, name, log_every=10):
 
 def choose_device(name=None):
     if name is None:
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        several = int(os.environ.get("WORLD_SIZE", 1)) > 1  # which mps does not support
+        name = "cuda" if torch.cuda.is_available() else \
+            "mps" if torch.backends.mps.is_available() and not several else "cpu"
     if name == "cuda" and dist.is_available() and "LOCAL_RANK" in os.environ:
         name = f"cuda:{os.environ['LOCAL_RANK']}"
     return torch.device(name)
@@ -451,27 +460,36 @@ def describe(device):
 def train_and_compare(options):
     """Train a model and its classifier, sample with no guidance, CFG and ERG; returns the table as a dict."""
     recipe, out, device = RECIPES[options.dataset], Path(options.out), choose_device(options.device)
-    batch = options.batch or recipe.batch
-    world = int(os.environ.get("WORLD_SIZE", 1))
+    batch, world = options.batch or recipe.batch, int(os.environ.get("WORLD_SIZE", 1))
     if batch % world:
-        raise SystemExit(f"--batch {batch} must be a multiple of the {world} processes")
-    save_atomically({}, out / ".writable")  # an unwritable folder shows now, not after the training
+        raise ValueError(f"batch={batch} must be a multiple of the {world} processes")
+    for method in ("cfg", "erg"):  # faults in them show now, not after the training
+        method_settings(method, options)
+    save_atomically({}, out / ".writable")  # and so does an unwritable folder
     (out / ".writable").unlink(missing_ok=True)
+    if world > 1 and dist.get_rank() > 0:
+        dist.barrier()  # the first process downloads what is missing
     images, held_out = (data.load(options.dataset, options.data_dir, split) for split in ("train", "test"))
+    if world > 1 and dist.get_rank() == 0:
+        dist.barrier()
     model, weak, curve, seconds, stopped = train(
         images, recipe, out, iterations=options.iterations or recipe.iterations, batch=batch, lr=options.lr or recipe.lr,
         schedule=options.schedule, ema=options.ema, clip=options.clip, seed=options.seed, device=device,
         compile=options.compile, resume=options.resume, save_every=options.save_every)
+    is_main = main_process()
+    if world > 1:
+        dist.destroy_process_group()
     if stopped:
-        if main_process():
+        if is_main:
             again = options.command + ("" if options.resume else " --resume")
             print(f"\nStopped and saved after {seconds / 60:.1f} minutes. To go on: {again}")
         raise KeyboardInterrupt
-    if not main_process():
+    if not is_main:
         return {}
     draw_loss(curve, out / f"{images.name}-loss.png", images.name)
 
-    classifier = train_classifier(images, options.classifier_iterations, seed=options.seed, device=device)
+    classifier = train_classifier(images, options.classifier_iterations, seed=options.seed,
+                                  device="cpu" if device.type == "mps" else device)  # mps lacks its pooling
     generator = torch.Generator().manual_seed(options.seed)
     real, *_ = images.batch(torch.randperm(len(images), generator=generator)[:5000], generator)
     reference = features_of(classifier, real)
@@ -486,6 +504,12 @@ def train_and_compare(options):
     return rows
 
 
+def method_settings(method, options):
+    """The settings of a method under the command line's flags of guidance, as far as it obeys them; layers are checked."""
+    recipe = RECIPES[options.dataset]
+    return guidance_settings(method, recipe, **{name: getattr(options, name) for name in METHODS[method]})
+
+
 def compare(model, classifier, reference, held_out, methods, options, title):
     """Sample with each method from the same captions and seeds; draw and print what comes out, return the table."""
     recipe, generator = RECIPES[held_out.name], torch.Generator().manual_seed(options.seed)
@@ -493,8 +517,7 @@ def compare(model, classifier, reference, held_out, methods, options, title):
     real, captions, attributes = held_out.batch(torch.randperm(len(held_out), generator=generator)[:n], generator)
     rows, pictures = {"held out": evaluate(real, attributes, classifier, reference)}, {"real": real}
     for method in methods:
-        obeyed = {name: getattr(options, name) for name in METHODS[method]}
-        settings = guidance_settings(method, recipe, **obeyed)
+        settings = method_settings(method, options)
         label = {"none": "no guidance", "i-erg": "I-ERG", "c-erg": "C-ERG"}.get(method, method.upper())
         pictures[label] = generate(model, captions, settings, options.steps, options.seed)
         rows[label] = evaluate(pictures[label], attributes, classifier, reference)
@@ -536,6 +559,8 @@ def sample_prompt(options):
     name = "cifar10" if "horse" in model.config.vocabulary else "digits" if model.config.image_size == 8 else "mnist"
     flags = {flag: getattr(options, flag) for flag in ("w", "tau_c", "negative", *RECTIFIER_FLAGS)}
     settings = guidance_settings(method, RECIPES[name], **flags)
+    if not options.prompt.split() and (method in ("cfg", "c-erg")):
+        raise ValueError(f"method={method!r} has no effect with an empty prompt; use i-erg")
     images = generate(model, [options.prompt] * count, settings, options.steps, options.seed)
     file = Path(options.picture or Path(options.out) / f"{method}.png")
     given = ", ".join(f"{flag} = {value}" for flag, value in flags.items() if value is not None)
@@ -602,13 +627,29 @@ def refuse_unused(parser, options):
     """An error for a flag that was given and would do nothing in this mode."""
     mode = "--prompt" if options.prompt is not None else "--compare" if options.compare else "training"
     unused = {"--prompt": ["compare", "data_dir", "samples"], "--compare": ["method", "count", "picture"],
-              "training": ["method", "count", "picture", "checkpoint"]}[mode]
+              "training": ["method", "count", "picture", "checkpoint", "negative"]}[mode]
     if mode != "training":
         unused += ["iterations", "batch", "lr", "schedule", "ema", "clip", "compile", "save_every", "resume",
                    "classifier_iterations"]
     for name in unused:
         if getattr(options, name) != parser.get_default(name):
             raise ValueError(f"--{name.replace('_', '-')} {getattr(options, name)} has no effect with {mode}")
+    if options.dataset == "digits" and options.data_dir is not None:
+        raise ValueError(f"--data-dir {options.data_dir} has no effect with --dataset digits, which is shipped")
+
+
+def check_numbers(options):
+    """An error for a number out of range, before anything runs."""
+    for name in ("iterations", "batch", "lr", "steps", "count", "clip", "classifier_iterations"):
+        value = getattr(options, name)
+        if value is not None and not value > 0:
+            raise ValueError(f"{name}={value!r} must be greater than 0")
+    if not 0 <= options.ema < 1:
+        raise ValueError(f"ema={options.ema!r} must be at least 0 and less than 1")
+    if options.save_every < 0 or options.save_every % 10:
+        raise ValueError(f"save_every={options.save_every!r} must be a multiple of 10, or 0")
+    if options.samples is not None and options.samples < 6:
+        raise ValueError(f"samples={options.samples!r} must be at least 6: the metrics look at 5 neighbours")
 
 
 def main(argv=None, **options):
@@ -620,11 +661,15 @@ def main(argv=None, **options):
             raise TypeError(f"main() has no option {name!r}; the options are: {', '.join(sorted(vars(values)))}")
         setattr(values, name, value)
     refuse_unused(parser, values)
-    values.began, values.command = time.time(), shlex.join(["python", "train_toy.py", *(argv or [])])
+    check_numbers(values)
+    for name, value in options.items():
+        text = ":".join(map(str, value)) if isinstance(value, tuple) else str(value)
+        argv = [*(argv or []), "--" + name.replace("_", "-"), *([] if value is True else [text])]
+    launcher = ["python"] if int(os.environ.get("WORLD_SIZE", 1)) == 1 else ["torchrun", "..."]
+    values.began, values.command = time.time(), shlex.join([*launcher, "train_toy.py", *(argv or [])])
     if values.prompt is not None or values.compare:
         return compare_checkpoint(values) if values.compare else sample_prompt(values)
-    started = int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized()
-    if started:
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         device = choose_device(values.device)
         if device.type == "cuda":
             torch.cuda.set_device(device)
@@ -632,14 +677,14 @@ def main(argv=None, **options):
     try:
         return train_and_compare(values)
     finally:
-        if started:
+        if dist.is_initialized():
             dist.destroy_process_group()
 
 
 if __name__ == "__main__":
     try:
         main(sys.argv[1:])
-    except KeyboardInterrupt:
+    except KeyboardInterrupt:  # what was trained is saved
         sys.exit(130)
-    except (data.DataError, ValueError, FileNotFoundError, FloatingPointError) as error:
+    except (data.DataError, ValueError, OSError, FloatingPointError) as error:
         sys.exit(f"error: {error}")

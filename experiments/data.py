@@ -204,7 +204,7 @@ def write_whole(path, write):
             temporary = Path(file.name)
     except OSError as error:
         raise DataError(f"cannot write into {path.parent} ({error.strerror or error}); "
-                        "choose another folder with --data-dir") from error
+                        "choose another folder (--out, or --data-dir for downloads)") from error
     try:
         with open(temporary, "wb") as file:
             write(file)

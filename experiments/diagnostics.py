@@ -1,7 +1,7 @@
 """What ERG looks at, measured on any model: the paper's figures 5, 6 and 7.
 
     for layer in attention_certainty(model, x, t, condition): print(layer)         # figure 7
-    difference_norms(model, noise, condition, negative, settings)                  # figure 6
+    difference_norms(model, noise, condition, settings, negative)                  # figure 6
     velocity_variances(model, noise, condition, null, weak)                        # figure 5
 
 All of it runs through erg.py's rectifier, so it works wherever that does.

@@ -147,20 +147,25 @@ def test_kill_at_any_moment_and_resume(finished, tmp_path):
     assert same_training(training_state(tmp_path), training_state(finished[0]))
 
 
-def test_ctrl_c_saves_and_says_how_to_go_on(finished, tmp_path):
+def test_ctrl_c_saves_and_says_how_to_go_on(finished, tmp_path, monkeypatch, capsys):
     """Ctrl-C ends between two steps with a checkpoint and the command to go on; going on gives the undisturbed run."""
-    arguments = [*flags(iterations=60, out=tmp_path, **{**SMALL, "save_every": 0})]
-    process = subprocess.Popen(**command(*arguments), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    while "loss=" not in (process.stderr.read(64) or "loss="):
-        pass
-    process.send_signal(signal.SIGINT)
-    output, _ = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert "To go on: python train_toy.py" in output and output.rstrip().endswith("--resume")
-    assert 0 < training_state(tmp_path)["step"] < 60
-    done = subprocess.run(**command(*arguments, "--resume"), capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    draw = train_toy.draw_batch
+
+    def interrupted(*arguments):
+        if arguments[-1] == 25:
+            os.kill(os.getpid(), signal.SIGINT)
+        return draw(*arguments)
+
+    options = dict(iterations=60, out=str(tmp_path), **{**SMALL, "save_every": 0})
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train_toy, "draw_batch", interrupted)
+        train_toy.main(**options)
+    assert training_state(tmp_path)["step"] == 30  # the next logged step
+    output = capsys.readouterr().out
+    assert "To go on: python train_toy.py --iterations 60" in output and output.rstrip().endswith("--resume")
+    train_toy.main(resume=True, **options)
     assert same_training(training_state(tmp_path), training_state(finished[0]))
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_two_processes_are_one(finished, tmp_path):
@@ -177,9 +182,9 @@ def test_two_processes_are_one(finished, tmp_path):
 
 def test_resume_faults(finished, tmp_path):
     """Nothing to resume, and other settings than those of the checkpoint, are clear errors."""
-    with pytest.raises(SystemExit, match="does not exist; start without --resume"):
+    with pytest.raises(FileNotFoundError, match="does not exist; start without --resume"):
         train_toy.main(iterations=60, out=str(tmp_path), resume=True, **SMALL)
-    with pytest.raises(SystemExit, match="trained with iterations=60, not 70"):
+    with pytest.raises(ValueError, match="trained with iterations=60, not 70"):
         train_toy.main(iterations=70, out=str(finished[0]), resume=True, **SMALL)
 
 
@@ -190,9 +195,21 @@ def test_faults_show_before_the_training(tmp_path, monkeypatch):
     assert done.returncode == 1 and "cannot write into" in done.stderr and "Traceback" not in done.stderr
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setattr(train_toy.dist, "init_process_group", lambda *_: None)
-    monkeypatch.setattr(train_toy.dist, "destroy_process_group", lambda *_: None)
-    with pytest.raises(SystemExit, match="--batch 15 must be a multiple of the 2 processes"):
+    with pytest.raises(ValueError, match="batch=15 must be a multiple of the 2 processes"):
         train_toy.main(batch=15, out=str(tmp_path))
+
+
+@pytest.mark.parametrize("wrong, message", [
+    (dict(iterations=0), "iterations=0"), (dict(batch=0), "batch=0"), (dict(steps=0), "steps=0"), (dict(clip=0.0), "clip=0.0"),
+    (dict(ema=1.5), "ema=1.5"), (dict(save_every=7), "save_every=7"), (dict(samples=5), "samples=5"), (dict(kappa=3.0), "kappa=3.0"),
+    (dict(layers=(9, 12)), "layers=9:12 must end at 8"), (dict(tau_i=-1.0), "tau=-1.0"), (dict(data_dir="x"), "--data-dir x has no effect"),
+    (dict(negative="same"), "--negative same has no effect with training"),
+])
+def test_bad_numbers_show_before_the_training(tmp_path, wrong, message):
+    """A number out of range, or an option without effect, is an error that names it, and nothing is written."""
+    with pytest.raises(ValueError) as error:
+        train_toy.main(out=str(tmp_path / "out"), **wrong)
+    assert message in str(error.value) and not (tmp_path / "out").exists()
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, monkeypatch):
@@ -237,7 +254,8 @@ def checkpoint(tmp_path_factory):
 
 
 def draw(checkpoint, tmp_path, **options):
-    return train_toy.main(prompt="a red seven on blue", checkpoint=checkpoint, out=str(tmp_path), count=2, steps=6, **options)
+    options = dict(prompt="a red seven on blue", count=2, steps=6) | options
+    return train_toy.main(checkpoint=checkpoint, out=str(tmp_path), **options)
 
 
 def test_every_mechanism_changes_the_picture(checkpoint, tmp_path):
@@ -258,7 +276,8 @@ def test_flags_that_would_do_nothing_raise(checkpoint, tmp_path):
     for options, message in ((dict(method="none", w=2.0), "w=2.0 has no effect with method='none'"),
                              (dict(method="cfg", tau_i=0.1), "tau_i=0.1 has no effect with method='cfg'"),
                              (dict(method="i-erg", tau_c=0.1), "tau_c=0.1 has no effect"),
-                             (dict(method="erg", negative="same"), "negative='same' has no effect")):
+                             (dict(method="erg", negative="same"), "negative='same' has no effect"),
+                             (dict(method="cfg", prompt=""), "method='cfg' has no effect with an empty prompt")):
         with pytest.raises(ValueError, match=re.escape(message)):
             draw(checkpoint, tmp_path, **options)
 
