@@ -59,10 +59,10 @@ class Recipe:
 
 
 RECIPES = {
-    "digits": Recipe(dict(image_size=8, patch=2, width=96, depth=8, heads=4), iterations=1000, batch=64, lr=2e-3,
-                     t_mean=0.0, samples=360, w=2.0, tau_i=0.01, tau_c=0.01, kappa=0.2, layers=(3, 5)),
+    "digits": Recipe(dict(image_size=8, patch=2, width=96, depth=8, heads=4), iterations=1100, batch=64, lr=2e-3,
+                     t_mean=0.0, samples=360, w=1.5, tau_i=0.01, tau_c=0.01, kappa=0.2, layers=(1, 2)),
     "mnist": Recipe(dict(image_size=28, patch=4, width=96, depth=8, heads=4), iterations=14_000, batch=64, lr=2e-3,
-                    t_mean=-0.6, samples=1000, w=2.0, tau_i=0.01, tau_c=0.01, kappa=0.2, layers=(3, 5)),
+                    t_mean=-0.6, samples=1000, w=1.5, tau_i=0.01, tau_c=0.01, kappa=0.2, layers=(2, 4)),
     "cifar10": Recipe(dict(image_size=32, patch=2, width=384, depth=12, heads=6), iterations=100_000, batch=256,
                       lr=5e-4, t_mean=0.0, samples=2000, w=2.0, tau_i=0.01, tau_c=0.01, kappa=0.2, layers=(4, 8)),
 }
