@@ -261,7 +261,7 @@ def draw(checkpoint, tmp_path, **options):
 def test_every_mechanism_changes_the_picture(checkpoint, tmp_path):
     """w, tau_i, tau_c, alpha, gamma, K, kappa, layers, negative, method, steps, seed and prompt each change the sample."""
     changes = [dict(), dict(w=3.0), dict(tau_i=0.5), dict(tau_c=0.5), dict(alpha=0.8), dict(gamma=1.5), dict(tau_i=0.5, K=2),
-               dict(kappa=0.6), dict(layers=(1, 2)), dict(seed=1), dict(method="i-erg", negative="same"),
+               dict(kappa=0.6), dict(layers=(4, 6)), dict(seed=1), dict(method="i-erg", negative="same"),
                *(dict(method=m) for m in ("none", "cfg", "c-erg", "i-erg", "erg+apg", "erg+cads"))]
     results = [draw(checkpoint, tmp_path, **change) for change in changes]
     for i, a in enumerate(results):
