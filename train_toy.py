@@ -530,14 +530,14 @@ def compare(model, classifier, reference, held_out, methods, options, title):
 
 
 def compare_checkpoint(options):
-    """The table and picture of all methods from a checkpoint, without training; returns the table."""
+    """The table and picture of all methods, or one, from a checkpoint, without training; returns the table."""
     device = choose_device(options.device)
     path = find_checkpoint(options)
     model, classifier, reference, _ = load_checkpoint(path, device)
     held_out = data.load(options.dataset, options.data_dir, "test")
     if held_out.vocabulary != model.config.vocabulary or held_out.size != model.config.image_size:
         raise ValueError(f"checkpoint={str(path)!r} was not trained on dataset={options.dataset!r}")
-    rows = compare(model, classifier, reference, held_out, METHODS, options, path.name)
+    rows = compare(model, classifier, reference, held_out, [options.method] if options.method else METHODS, options, path.name)
     print(f"{(time.time() - options.began) / 60:.1f} minutes, {describe(device)}. "
           f"Picture: {Path(options.out) / options.dataset}.png")
     return rows
@@ -603,13 +603,13 @@ def arguments():
     group = parser.add_argument_group("one prompt, without training")
     add = group.add_argument
     add("--prompt", help='for example "a red seven on blue"; "" is unconditional')
-    add("--method", choices=METHODS, help="the guidance: erg if not given")
     add("--count", type=int, help="images: 8 if not given")
     add("--picture", help="file to write: OUT/METHOD.png if not given")
     group = parser.add_argument_group("all methods, without training")
-    group.add_argument("--compare", action="store_true", help="the table and picture of all methods, from a checkpoint")
+    group.add_argument("--compare", action="store_true", help="the table and picture of all methods (or --method), from a checkpoint")
     group = parser.add_argument_group("guidance (what is not given comes from the data set's recipe)")
     add = group.add_argument
+    add("--method", choices=METHODS, help="with --prompt (erg if not given) or --compare (all if not given)")
     add("--checkpoint", help="with --prompt or --compare: weights; otherwise OUT/DATASET.pt, then weights/DATASET.pt")
     add("--w", type=float, help="guidance weight; 1 is off")
     add("--tau-i", type=float, help="I-ERG: temperature in the denoiser; below 1 flattens attention")
@@ -626,7 +626,7 @@ def arguments():
 def refuse_unused(parser, options):
     """An error for a flag that was given and would do nothing in this mode."""
     mode = "--prompt" if options.prompt is not None else "--compare" if options.compare else "training"
-    unused = {"--prompt": ["compare", "data_dir", "samples"], "--compare": ["method", "count", "picture"],
+    unused = {"--prompt": ["compare", "data_dir", "samples"], "--compare": ["count", "picture"],
               "training": ["method", "count", "picture", "checkpoint", "negative"]}[mode]
     if mode != "training":
         unused += ["iterations", "batch", "lr", "schedule", "ema", "clip", "compile", "save_every", "resume",

@@ -299,6 +299,8 @@ def test_compare_tables_every_method(finished, capsys):
     assert list(rows) == ["held out", "no guidance", "CFG", "C-ERG", "I-ERG", "ERG", "ERG+APG", "ERG+CADS"]
     assert rows["no guidance"]["frechet"] == pytest.approx(table["no guidance"]["frechet"], rel=0.05)
     assert "ERG+CADS" in capsys.readouterr().out
+    one = train_toy.main(compare=True, method="c-erg", out=str(out), samples=12, steps=3)
+    assert list(one) == ["held out", "C-ERG"] and one["C-ERG"] == rows["C-ERG"]
     other = dataclasses.replace(data.load("digits"), pixels=torch.zeros(1, 28, 28))
     with pytest.raises(ValueError, match="was not trained on dataset='mnist'"):
         with pytest.MonkeyPatch.context() as patch:
