@@ -339,7 +339,7 @@ class _Attachment:
 
     To intercept every torch call of a forward costs 1.6 microseconds a call. So that is done only in a
     model's first forward, which shows the classes of the modules that attend; later ones intercept only
-    while a module of these classes runs.
+    while a module of these classes runs, and only until all chosen layers are done.
     """
 
     def __init__(self, model, rule, when):
@@ -390,7 +390,7 @@ class _Attachment:
             _refuse_recomputation()
         this = self.passes[-1] if self.passes else None
         inside = any(mode is not None and mode.forward_pass is this for mode in self.modes)  # another attending module
-        self.push(this is not None and this.active and not this.full and not inside)
+        self.push(this is not None and this.active and not this.full and not inside and this.rule.layers != this.done)
 
     def leave_attention(self, output):
         self.pop()

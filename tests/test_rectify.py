@@ -542,8 +542,8 @@ def test_interception_is_kept_to_where_it_is_needed(model, inputs, monkeypatch):
         with erg.rectify(model, tau=0.1, layers=[2]):
             model(*inputs)
         counts.append(len(seen))
-    assert counts[1] == counts[2] < counts[0] / 2.5
-    assert seen.count(F.scaled_dot_product_attention) == 6
+    assert counts[1] == counts[2] < counts[0] / 5
+    assert seen.count(F.scaled_dot_product_attention) == 3  # layers 0 to 2: then all is done
 
 
 def test_being_active_costs_next_to_nothing(inputs):
