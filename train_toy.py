@@ -16,6 +16,7 @@ Conventions: t = 0 is noise, t = 1 is data; w = 1 is no guidance. See erg.py.
 import argparse
 import contextlib
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -357,23 +358,32 @@ def guidance_settings(method, recipe, **flags):
                    cads=erg.CADS() if method == "erg+cads" else None)
 
 
+def prepare(settings, model, tokens, null, seed):
+    """(condition, guidance) for one batch of word numbers (B, L) under an erg.ERG, or None for no guidance."""
+    if settings is None:
+        return model.encoder(tokens), None
+    if settings.tau != 1 and settings.queries is None:
+        settings = dataclasses.replace(settings, queries=slice(0, model.side**2))  # tau on image tokens: Listing 2
+    condition, negative = settings.encode(model.encoder, tokens, null=null)
+    return condition, erg.Guidance(settings, negative, generator=torch.Generator().manual_seed(seed))
+
+
 @torch.no_grad()
 def generate(model, captions, settings=None, steps=25, seed=0, batch=128):
-    """Images (n, C, S, S) in [-1, 1] for n captions; the same seed gives every method the same noise."""
+    """Images (n, C, S, S) in [-1, 1] for n captions; the same seed gives every method the same noise.
+
+    `settings` is an erg.ERG, None for no guidance, or for any other method a function of
+    (model, tokens (B, L), null (B, L), seed) that returns the condition and the guidance, as `prepare` does.
+    """
     config, device = model.config, model.positions.device
-    if settings is not None and settings.tau != 1 and settings.queries is None:
-        settings = dataclasses.replace(settings, queries=slice(0, model.side**2))  # tau on image tokens: Listing 2
+    prepared = settings if callable(settings) else functools.partial(prepare, settings)
     shape = (len(captions), config.channels, config.image_size, config.image_size)
     noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
     tokens, null = tokenize(captions, config), tokenize([""], config)
     images = []
     for i in range(0, len(captions), batch):
         part = tokens[i:i + batch].to(device)
-        if settings is None:
-            condition, guidance = model.encoder(part), None
-        else:
-            condition, negative = settings.encode(model.encoder, part, null=null.expand(len(part), -1).to(device))
-            guidance = erg.Guidance(settings, negative, generator=torch.Generator().manual_seed(seed + i))
+        condition, guidance = prepared(model, part, null.expand(len(part), -1).to(device), seed + i)
         images.append(sample(model, noise[i:i + batch].to(device), condition, steps, guidance).clamp(-1, 1).cpu())
     return torch.cat(images)
 

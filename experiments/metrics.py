@@ -1,7 +1,9 @@
-"""Metrics on feature vectors: Frechet distance, precision, recall, density, coverage.
+"""Metrics: Frechet distance, precision, recall, density, coverage, saturation, and the mean rank over them.
 
-All take real (N, F) and generated (M, F) features of an attribute classifier, on any device.
+Real (N, F) and generated (M, F) features come from an attribute classifier, on any device that has float64.
 """
+import math
+
 import torch
 
 
@@ -17,7 +19,10 @@ def _check(real, fake):
 
 
 def frechet_distance(real, fake):
-    """|m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)), of Gaussians fitted to both (Heusel et al., 2017)."""
+    """|m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)), of Gaussians fitted to both (Heusel et al., 2017).
+
+    Biased upwards for few samples: compare numbers of equally many samples only.
+    """
     real, fake = _check(real, fake)
     if min(len(real), len(fake)) < 2:
         raise ValueError(f"{min(len(real), len(fake))} samples are too few for a covariance; at least 2 are needed")
@@ -28,16 +33,77 @@ def frechet_distance(real, fake):
     return ((real.mean(0) - fake.mean(0)).square().sum() + s1.trace() + s2.trace() - 2 * cross).item()
 
 
-def precision_recall_density_coverage(real, fake, k=5):
-    """The four manifold metrics as a dict (Kynkaanniemi et al., 2019; Naeem et al., 2020), each in [0, 1]
-    but density. A ball's radius is the distance to the k-th neighbour, itself not counted; inside is strict."""
+def distances(a, b):
+    """(N, F), (M, F) -> (N, M), without the matrix product, which makes equal points differ by 1e-7."""
+    return torch.cdist(a, b, compute_mode="donot_use_mm_for_euclid_dist")
+
+
+def neighbour_distance(x, k, chunk):
+    """Distance of each of x (N, F) to its k-th neighbour, itself not counted: (N,)."""
+    return torch.cat([distances(part, x).kthvalue(k + 1, dim=1).values for part in x.split(chunk)])
+
+
+def precision_recall_density_coverage(real, fake, k=5, chunk=None):
+    """The four manifold metrics as a dict (Kynkaanniemi et al., 2019; Naeem et al., 2020), each in [0, 1] but density.
+
+    A ball's radius is the distance to the k-th neighbour, itself not counted; inside is strict. Distances are formed
+    for `chunk` samples at a time (by default so many that they take 256 MiB), so 50,000 x 50,000 needs no more memory.
+    """
     real, fake = _check(real, fake)
-    if not 1 <= k < min(len(real), len(fake)):
-        raise ValueError(f"k={k} must be at least 1 and less than the number of samples, {min(len(real), len(fake))}")
-    radius = lambda features: torch.cdist(features, features).kthvalue(k + 1, dim=1).values
-    distance = torch.cdist(real, fake)  # (N, M)
-    in_real = distance < radius(real)[:, None]  # fake j lies in the ball of real i
-    return {"precision": in_real.any(0).double().mean().item(),
-            "recall": (distance < radius(fake)[None]).any(1).double().mean().item(),
-            "density": in_real.double().sum(0).mean().item() / k,
-            "coverage": in_real.any(1).double().mean().item()}
+    if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k < min(len(real), len(fake)):
+        raise ValueError(f"k={k!r} must be a whole number, at least 1 and less than the number of samples, "
+                         f"{min(len(real), len(fake))}")
+    if chunk is None:
+        chunk = max(1, 2**25 // max(len(real), len(fake)))
+    if isinstance(chunk, bool) or not isinstance(chunk, int) or chunk < 1:
+        raise ValueError(f"chunk={chunk!r} must be a whole number, at least 1")
+    radius, fake_radius = neighbour_distance(real, k, chunk), neighbour_distance(fake, k, chunk)  # (N,), (M,)
+    precise = torch.zeros(len(fake), dtype=torch.bool, device=fake.device)
+    recalled = covered = pairs = 0
+    for part, r in zip(real.split(chunk), radius.split(chunk)):
+        distance = distances(part, fake)  # (chunk, M)
+        inside = distance < r[:, None]  # fake j lies in the ball of real i
+        precise |= inside.any(0)
+        pairs += inside.sum().item()
+        covered += inside.any(1).sum().item()
+        recalled += (distance < fake_radius).any(1).sum().item()
+    return {"precision": precise.double().mean().item(), "recall": recalled / len(real),
+            "density": pairs / (k * len(fake)), "coverage": covered / len(real)}
+
+
+def saturation(x):
+    """Mean of HSV saturation times value, that is max - min over the channels, of images (n, 3, H, W) in [-1, 1].
+
+    HSV saturation alone would read the faintest noise on black as full colour.
+    """
+    if x.dim() != 4 or x.shape[1] != 3:
+        raise ValueError(f"images have the shape {tuple(x.shape)}; they must be (n, 3, H, W)")
+    if not torch.isfinite(x).all():
+        raise ValueError("images hold NaN or infinite values")
+    rgb = ((x + 1) / 2).clamp(0, 1)
+    return (rgb.amax(1) - rgb.amin(1)).double().mean().item()
+
+
+BETTER = {"frechet": "lower", "precision": "higher", "recall": "higher", "density": "higher", "coverage": "higher",
+          "prompt": "higher", "digit": "higher", "ink": "higher", "paper": "higher", "object": "higher"}
+
+
+def mean_ranks(rows, metrics):
+    """Appendix A.1: the rank of each row (a dict of numbers) in each metric, averaged over `metrics`; 1 is best.
+
+    Ties share the mean of their ranks. Directions are those of BETTER.
+    """
+    if not rows or not metrics:
+        raise ValueError(f"{'metrics' if rows else 'rows'} is empty; there is nothing to rank")
+    total = [0.0] * len(rows)
+    for name in metrics:
+        if name not in BETTER:
+            raise ValueError(f"metric {name!r} must be one of {', '.join(BETTER)}")
+        if any(name not in row for row in rows):
+            raise ValueError(f"metric {name!r} is missing in a row, which has {', '.join(next(r for r in rows if name not in r))}")
+        values = [row[name] if BETTER[name] == "lower" else -row[name] for row in rows]
+        if not all(map(math.isfinite, values)):
+            raise ValueError(f"metric {name!r} is not finite in every row")
+        for i, value in enumerate(values):
+            total[i] += sum(v < value for v in values) + (sum(v == value for v in values) + 1) / 2
+    return [t / len(metrics) for t in total]

@@ -1,8 +1,18 @@
-"""experiments/metrics.py against closed forms and slow loops."""
+"""experiments/metrics.py against closed forms, slow loops, and other libraries."""
+import colorsys
+
 import pytest
 import torch
 
-from experiments.metrics import frechet_distance, precision_recall_density_coverage
+from experiments.metrics import frechet_distance, mean_ranks, precision_recall_density_coverage, saturation
+
+
+def two_sets(n=60, m=45, dimensions=6, seed=4):
+    """Real and generated features of different laws, with correlated dimensions, in float64."""
+    generator = torch.Generator().manual_seed(seed)
+    mix = torch.randn(dimensions, dimensions, generator=generator, dtype=torch.float64)
+    real = torch.randn(n, dimensions, generator=generator, dtype=torch.float64) @ mix
+    return real, 0.4 + 1.1 * torch.randn(m, dimensions, generator=generator, dtype=torch.float64) @ mix
 
 
 def test_frechet_distance_of_a_set_to_itself_shifted_and_scaled():
@@ -57,3 +67,148 @@ def test_bad_input_is_named(real, fake, message):
     if "k=" not in message:
         with pytest.raises(ValueError):
             frechet_distance(real, fake)
+
+
+# Other libraries
+
+
+@pytest.mark.parametrize("k", [1, 3, 5])
+def test_manifold_metrics_agree_with_prdc(k):
+    """The authors' package gives the same four numbers, for sets of different and of equal sizes."""
+    compute_prdc = pytest.importorskip("prdc", reason="the reference is the package prdc").compute_prdc
+    for n, m in ((60, 45), (40, 70), (50, 50)):
+        real, fake = two_sets(n, m)
+        assert precision_recall_density_coverage(real, fake, k) == pytest.approx(compute_prdc(real.numpy(), fake.numpy(), k))
+
+
+def test_frechet_distance_agrees_with_torchmetrics():
+    """Features passed through an identity in place of Inception give torchmetrics' distance."""
+    pytest.importorskip("torchmetrics", reason="the reference is torchmetrics'")
+    from torchmetrics.image.fid import FrechetInceptionDistance
+
+    class Identity(torch.nn.Module):
+        num_features = 6
+
+        def forward(self, x):
+            return x
+
+    real, fake = two_sets(200, 150)
+    metric = FrechetInceptionDistance(feature=Identity())
+    metric.update(real, real=True)
+    for part in fake.split(40):
+        metric.update(part, real=False)
+    assert frechet_distance(real, fake) == pytest.approx(metric.compute().item(), rel=1e-6)
+    assert frechet_distance(real, fake) > 0.1
+
+
+# Chunks, and what counts as inside
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 60, 1000])
+def test_chunks_change_nothing(chunk):
+    """Any number of samples at a time, also one that does not divide theirs, gives the numbers of all at once."""
+    for sets in (two_sets(), two_sets(33, 80)):
+        assert precision_recall_density_coverage(*sets, 3, chunk) == precision_recall_density_coverage(*sets, 3)
+
+
+@pytest.mark.parametrize("chunk", [1, 7, None])
+def test_inside_is_strict(chunk):
+    """Two constant sets that are equal have balls of radius 0, which hold nothing: all four metrics are 0."""
+    x = 5 * torch.randn(1, 8, generator=torch.Generator().manual_seed(0)).double().expand(40, -1)  # not exact in a product
+    assert set(precision_recall_density_coverage(x, x, 5, chunk).values()) == {0.0}
+
+
+def test_a_fake_on_the_border_is_outside():
+    """On a line of real samples at 0, 1, ..., 9 with k = 1, a generated one at distance 1 is outside, at 0.99 inside."""
+    real, k = torch.arange(10.).view(-1, 1), 1
+    outside = precision_recall_density_coverage(real, torch.tensor([[10.0], [-1.0], [30.0]]), k)
+    assert (outside["precision"], outside["density"], outside["coverage"]) == (0, 0, 0)
+    inside = precision_recall_density_coverage(real, torch.tensor([[9.99], [-0.99], [30.0]]), k)
+    assert (inside["precision"], inside["density"], inside["coverage"]) == pytest.approx((2 / 3, 2 / 3, 2 / 10))
+
+
+def test_a_set_against_itself_and_a_far_one():
+    """Everything is found in a copy of the real set, density is about 1; nothing is in a set far away."""
+    real, fake = two_sets()
+    same = precision_recall_density_coverage(real, real, 5)
+    assert (same["precision"], same["recall"], same["coverage"], same["density"]) == (1, 1, 1, 1)
+    assert set(precision_recall_density_coverage(real, fake + 1e3, 5).values()) == {0.0}
+
+
+# Saturation
+
+
+def test_saturation_is_the_mean_of_hsv_saturation_times_value():
+    """Against colorsys, pixel by pixel; values beyond [-1, 1] are clamped."""
+    x = 1.2 * (2 * torch.rand(2, 3, 5, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64) - 1)
+    total = 0
+    for image in x:
+        for pixel in image.flatten(1).T:
+            _, s, v = colorsys.rgb_to_hsv(*((pixel + 1) / 2).clamp(0, 1).tolist())
+            total += s * v
+    assert saturation(x) == pytest.approx(total / 40)
+
+
+def test_saturation_of_colours():
+    """0 for every grey, black and white included; 1 for pure colours; faint noise on black is faint."""
+    colour = lambda *rgb: (2 * torch.tensor(rgb).view(1, 3, 1, 1) - 1.0).expand(2, 3, 4, 4)
+    for grey in (0.0, 0.3, 1.0):
+        assert saturation(colour(grey, grey, grey)) == 0
+    for pure in ((1, 0, 0), (0, 1, 1), (0, 0, 1)):
+        assert saturation(colour(*pure)) == 1
+    assert saturation(colour(1.0, 0.5, 0.5)) == 0.5
+    assert saturation(colour(0.01, 0.0, 0.0)) == pytest.approx(0.01, abs=1e-6)  # HSV saturation alone would be 1
+
+
+# Mean rank
+
+
+def test_mean_ranks_by_hand():
+    """Ties share the mean of their ranks; a low Frechet distance and high other metrics are good."""
+    rows = [dict(frechet=1.0, recall=0.5, coverage=0.2), dict(frechet=2.0, recall=0.5, coverage=0.3),
+            dict(frechet=2.0, recall=0.9, coverage=0.1)]
+    assert mean_ranks(rows, ["frechet"]) == [1, 2.5, 2.5]
+    assert mean_ranks(rows, ["recall"]) == [2.5, 2.5, 1]
+    assert mean_ranks(rows, ["frechet", "recall"]) == [1.75, 2.5, 1.75]
+    assert mean_ranks(rows, ["frechet", "recall", "coverage"]) == pytest.approx([5.5 / 3, 6 / 3, 6.5 / 3])
+    assert mean_ranks(rows[:1] * 4, ["recall", "frechet"]) == [2.5] * 4  # all tie
+    assert mean_ranks(rows[:1], ["recall"]) == [1]
+
+
+def test_mean_ranks_depend_on_order_alone():
+    """They sum to n (n + 1) / 2, are those of a stretched metric, and follow the rows when these are permuted."""
+    values = torch.randn(9, 2, generator=torch.Generator().manual_seed(0)).double().round(decimals=1).tolist()
+    rows, metrics = [dict(frechet=a, prompt=b) for a, b in values], ("frechet", "prompt")
+    ranks = mean_ranks(rows, metrics)
+    assert sum(ranks) == pytest.approx(9 * 10 / 2)
+    assert mean_ranks([dict(frechet=a**3, prompt=5 * b - 2) for a, b in values], metrics) == ranks
+    assert mean_ranks(rows[::-1], metrics) == ranks[::-1]
+
+
+@pytest.mark.parametrize("metric", ["precision", "recall", "density", "coverage",
+                                    "prompt", "digit", "ink", "paper", "object"])
+def test_directions(metric):
+    """All but the Frechet distance are better the higher."""
+    rows = [{metric: value, "frechet": -value} for value in (0.1, 0.3, 0.2)]
+    assert mean_ranks(rows, [metric]) == mean_ranks(rows, ["frechet"]) == [3, 1, 2]
+
+
+# Bad input of these
+
+
+@pytest.mark.parametrize("call, message", [
+    *((lambda k=k: precision_recall_density_coverage(*two_sets(), k), f"k={k!r}") for k in (0, -1, 45, 2.0, True, "5")),
+    *((lambda c=c: precision_recall_density_coverage(*two_sets(), 5, c), f"chunk={c!r}") for c in (0, -3, 7.0, True)),
+    (lambda: precision_recall_density_coverage(torch.zeros(9, 2), torch.full((9, 2), float("inf"))), "fake holds NaN"),
+    (lambda: frechet_distance(torch.zeros(9, 2), torch.zeros(1, 2)), "1 samples are too few"),
+    (lambda: saturation(torch.zeros(2, 1, 4, 4)), "(2, 1, 4, 4)"), (lambda: saturation(torch.zeros(3, 4, 4)), "(3, 4, 4)"),
+    (lambda: saturation(torch.full((2, 3, 4, 4), float("nan"))), "images hold NaN"),
+    (lambda: mean_ranks([], ["recall"]), "rows is empty"), (lambda: mean_ranks([dict(fid=1.0)], ["fid"]), "metric 'fid'"),
+    *((lambda v=v: mean_ranks([dict(recall=0.5), dict(recall=v)], ["recall"]), "metric 'recall' is not finite")
+      for v in (float("nan"), float("inf"))),
+])
+def test_bad_arguments_are_named(call, message):
+    """Values out of range are errors that name argument and value."""
+    with pytest.raises(ValueError) as error:
+        call()
+    assert message in str(error.value)

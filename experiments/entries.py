@@ -1,0 +1,297 @@
+"""What each table and figure of the paper runs on a checkpoint of the toy.
+
+An entry is a generator function of a Scale and a checkpoint's name. It yields lists of runs, is sent their rows, and
+returns a dictionary of plain numbers, which report.py turns into Markdown and a figure. So that the driver can put
+the runs of several entries into one queue, an entry never samples by itself; pictures and diagnostics, which take
+seconds, are made by report.py.
+"""
+import dataclasses
+
+import train_toy
+from experiments.metrics import mean_ranks
+from experiments.runs import METHODS, Run, checkpoint, measure_real
+
+QUALITY = ("frechet", "precision", "recall", "density", "coverage")
+
+
+@dataclasses.dataclass(frozen=True)
+class Scale:
+    """How much is sampled."""
+
+    images: dict  # a seed, by checkpoint: in the tables
+    sweep: dict  # and in the figures
+    steps: int
+    seeds: tuple  # of what is reported
+    search_seeds: tuple  # of the choice of parameters
+    budget: int  # settings that each method may try
+    layer_stride: int  # of the layer grid
+
+
+FULL = Scale(images={"digits": 256, "mnist": 128, "cifar10": 512}, sweep={"digits": 128, "mnist": 64, "cifar10": 256},
+             steps=16, seeds=(0, 1, 2, 3, 4), search_seeds=(1000,), budget=6, layer_stride=1)
+QUICK = Scale(images={"digits": 40, "mnist": 20, "cifar10": 20}, sweep={"digits": 24, "mnist": 20, "cifar10": 20},
+              steps=6, seeds=(0, 1), search_seeds=(1000,), budget=2, layer_stride=4)
+
+# ------------------------------------------------------------------------------------------------
+# Settings
+# ------------------------------------------------------------------------------------------------
+
+
+def depth(name):
+    return checkpoint(name)[0].config.depth
+
+
+def recipe(name):
+    return train_toy.RECIPES[name.removesuffix("-early")]
+
+
+def layer_ranges(name):
+    """Two candidate ranges of layers: the recipe's, and the middle third (narrowed if it is the same)."""
+    first, last = recipe(name).layers
+    n = depth(name)
+    middle = (round(n / 3), round(2 * n / 3))
+    if middle == (first, last):
+        middle = (first + 1, last - 1)
+    return [list(range(first, last)), list(range(*middle))]
+
+
+def i_erg(name, **changes):
+    """The recipe's I-ERG, in the terms of runs.METHODS."""
+    r = recipe(name)
+    return dict(dict(w=r.w, tau=r.tau_i, layers=list(range(*r.layers)), kappa=r.kappa), **changes)
+
+
+def full_erg(name, **changes):
+    return i_erg(name, **dict(dict(tau_c=recipe(name).tau_c), **changes))
+
+
+def grids(name, task):
+    """{method: the settings it may try}, six for each, the more usual ones first; for a task of runs.TASKS."""
+    weights, two = (1.5, 2.0, 3.0), layer_ranges(name)
+    small = (1.5, 1.25, 2.0)  # of methods whose weak prediction is far from the strong one
+    middle = two[1][len(two[1]) // 2]
+    cads = [dict(tau1=0.6, tau2=0.9, scale=0.25), dict(tau1=0.8, tau2=1.0, scale=0.25)]
+    layered = [dict(w=w, layers=layers) for w in small for layers in two]
+    erg = full_erg if task == "text" else lambda name, **changes: i_erg(name, negative="same", **changes)
+    found = {
+        "cfg": [dict(w=w) for w in (1.5, 2.0, 1.25, 2.5, 3.0, 4.0)],
+        "interval": [dict(w=w, low=low, high=high) for w in (2.0, 1.5, 3.0) for low, high in ((0.2, 0.8), (0.0, 0.5))],
+        "apg": [dict(w=w, norm_threshold=r) for w in weights for r in (5.0, 2.0)],
+        "cads": [dict(w=w, **settings) for w in weights for settings in cads],
+        "pag": layered,
+        "sag": [dict(w=w, layer=middle, sigma=sigma) for w in (1.25, 1.1, 1.5) for sigma in (1.0, 2.0)],
+        "seg": [dict(p, **(dict(cfg=1.5) if task == "text" else {})) for p in layered],
+        "autoguidance": [dict(w=w) for w in (1.5, 1.25, 1.75, 2.0, 2.5, 3.0)],
+        "erg": [erg(name, **p) for p in layered],
+        "erg+apg": [full_erg(name, w=w, layers=layers) for w in weights for layers in two],
+        "erg+cads": [full_erg(name, w=w, **settings) for w in small for settings in cads],
+    }
+    if task == "class":  # the paper's class-conditional I-ERG has the null prompt in the negative, or the same one
+        found["erg"] = [i_erg(name, w=w, negative=negative) for w in small for negative in ("null", "same")]
+    return found
+
+
+TABLES = {1: ("text", list(METHODS)[:12]), 2: ("unconditional", ["none", "sag", "pag", "seg", "autoguidance", "erg"]),
+          3: ("class", ["none", "cfg", "pag", "sag", "seg", "erg"])}
+
+
+def metrics_of(task):
+    return QUALITY if task == "unconditional" else (*QUALITY, "prompt")
+
+
+# ------------------------------------------------------------------------------------------------
+# Rows over seeds
+# ------------------------------------------------------------------------------------------------
+
+
+def over_seeds(scale, name, task, settings, images):
+    """Runs of {label: (method, parameters)} at every reported seed -> {label: {"values": {metric: a list a seed}, ...}}."""
+    runs = {label: [Run(name, task, method, parameters, seed, images, scale.steps) for seed in scale.seeds]
+            for label, (method, parameters) in settings.items()}
+    rows = yield [run for group in runs.values() for run in group]
+    result = {}
+    for label, (method, parameters) in settings.items():
+        group = [rows[run] for run in runs[label]]
+        result[label] = dict(method=method, parameters=parameters,
+                             values={metric: [row[metric] for row in group] for metric in group[0]})
+    return result
+
+
+def search(scale, name, task, methods):
+    """Each method's best setting by mean rank (App. A.1) on the search seeds: {label: (method, parameters)}, and all that was tried."""
+    candidates = {method: [{}] if method == "none" else grids(name, task)[method][:scale.budget] for method in methods}
+    images = scale.images[name]
+    runs = {(method, i): [Run(name, task, method, p, seed, images, scale.steps) for seed in scale.search_seeds]
+            for method, settings in candidates.items() if len(settings) > 1 for i, p in enumerate(settings)}
+    rows = yield [run for group in runs.values() for run in group]
+    chosen, tried = {}, {}
+    for method, settings in candidates.items():
+        label = "I-ERG" if method == "erg" and task != "text" else METHODS[method][0]
+        if len(settings) == 1:
+            chosen[label] = (method, settings[0])
+            continue
+        means = [{m: sum(rows[run][m] for run in runs[method, i]) / len(scale.search_seeds) for m in metrics_of(task)}
+                 for i in range(len(settings))]
+        ranks = mean_ranks(means, metrics_of(task))
+        chosen[label] = (method, settings[min(range(len(settings)), key=ranks.__getitem__)])
+        tried[label] = [dict(parameters=p, mean_rank=rank, **row) for p, rank, row in zip(settings, ranks, means)]
+    return chosen, tried
+
+
+def main_table(scale, name, number):
+    """Tables 1 to 3: every method at its best setting."""
+    task, methods = TABLES[number]
+    chosen, tried = yield from search(scale, name, task, methods)
+    rows = yield from over_seeds(scale, name, task, chosen, scale.images[name])
+    real = [measure_real(name, seed, scale.images[name]) for seed in scale.seeds]
+    rows = {"real images": dict(method="real", parameters={}, values={m: [r[m] for r in real] for m in QUALITY}), **rows}
+    return dict(task=task, metrics=metrics_of(task), images=scale.images[name], rows=rows, search=tried)
+
+
+def table1(scale, name):
+    """Text-to-image: all methods, each at its best setting."""
+    return (yield from main_table(scale, name, 1))
+
+
+def table2(scale, name):
+    """Unconditional generation, from the empty prompt."""
+    return (yield from main_table(scale, name, 2))
+
+
+def table3(scale, name):
+    """Class-conditional generation: the prompt is the class alone ("a seven")."""
+    return (yield from main_table(scale, name, 3))
+
+
+def fixed_table(scale, name, settings, images=None, task="text", **more):
+    images = images or scale.images[name]
+    rows = yield from over_seeds(scale, name, task, settings, images)
+    return dict(task=task, metrics=metrics_of(task), images=images, rows=rows, **more)
+
+
+def table4(scale, name):
+    """Steps K and step size gamma of I-ERG's energy attention, as differences from K = gamma = 1."""
+    settings = {"K = 1, gamma = 1": ("erg", full_erg(name))}
+    for steps, gamma in ((1, 1.5), (1, 0.5), (10, 0.1)):
+        settings[f"K = {steps}, gamma = {gamma:g}"] = ("erg", full_erg(name, steps=steps, gamma=gamma))
+    return (yield from fixed_table(scale, name, settings, baseline="K = 1, gamma = 1"))
+
+
+ALPHA = 0.7  # the paper's Table 5 does not say which alpha it used
+
+
+def table5(scale, name):
+    """Components: CFG, C-ERG, then I-ERG, then the weight alpha, all at the same w."""
+    w, r = recipe(name).w, recipe(name)
+    settings = {"CFG": ("cfg", dict(w=w)), "C-ERG": ("erg", dict(w=w, tau_c=r.tau_c)), "C-ERG + I-ERG": ("erg", full_erg(name)),
+                f"C-ERG + I-ERG, alpha = {ALPHA:g}": ("erg", full_erg(name, alpha=ALPHA)), "no guidance": ("none", {}),
+                "I-ERG (null)": ("erg", i_erg(name, negative="null")), "I-ERG (same)": ("erg", i_erg(name, negative="same"))}
+    return (yield from fixed_table(scale, name, settings))
+
+
+def table6(scale, name):
+    """Three mechanisms at the same place (layers, kappa, w, null prompt): temperature 0.2, identity, smoothing."""
+    place = dict(w=recipe(name).w, layers=list(range(*recipe(name).layers)), kappa=recipe(name).kappa, negative="null")
+    settings = {"energy smoothing": ("mechanism", dict(place, mechanism="smoothing")),
+                "identity mapping": ("mechanism", dict(place, mechanism="identity")),
+                "temperature reduction": ("mechanism", dict(place, mechanism="temperature", tau=0.2))}
+    return (yield from fixed_table(scale, name, settings))
+
+
+# ------------------------------------------------------------------------------------------------
+# Figures that need many runs
+# ------------------------------------------------------------------------------------------------
+
+
+def figure2(scale, name):
+    """Pareto fronts of quality, diversity and consistency: APG and ERG + APG over w, tau, alpha and gamma."""
+    changes = [dict(), dict(tau=0.3), dict(alpha=ALPHA), dict(gamma=1.5), dict(tau=0.3, alpha=ALPHA, gamma=1.5)]
+    settings = {}
+    for w in (1.5, 3.0):
+        settings[f"APG, w = {w:g}"] = ("apg", dict(w=w))
+        for change in changes[:max(2, scale.budget - 1)]:
+            text = "".join(f", {key} = {value:g}" for key, value in change.items())
+            settings[f"ERG + APG, w = {w:g}{text}"] = ("erg+apg", full_erg(name, w=w, **change))
+    return (yield from fixed_table(scale, name, settings, scale.sweep[name]))
+
+
+TAU_C = (0.01, 0.1, 0.3, 3.0, 10.0)
+
+
+def figure4(scale, name):
+    """C-ERG alone: tau_c by w, with CFG at the same w, and no guidance, which is tau_c = 1."""
+    settings = {"no guidance": ("none", {})}
+    for w in (1.5, 2.5):
+        settings[f"CFG, w = {w:g}"] = ("cfg", dict(w=w))
+        for tau_c in TAU_C:
+            settings[f"C-ERG, w = {w:g}, tau_c = {tau_c:g}"] = ("erg", dict(w=w, tau_c=tau_c))
+    return (yield from fixed_table(scale, name, settings, scale.sweep[name]))
+
+
+def figure8(scale, name):
+    """I-ERG on every range of layers [start, end), the negative under the same prompt."""
+    n = depth(name)
+    settings = {"no guidance": ("none", {})}
+    for start in range(0, n, scale.layer_stride):
+        for end in range(start + scale.layer_stride, n + 1, scale.layer_stride):
+            settings[f"{start}:{end}"] = ("erg", i_erg(name, layers=list(range(start, end)), negative="same"))
+    return (yield from fixed_table(scale, name, settings, scale.sweep[name], depth=n))
+
+
+KAPPAS = (0.0, 0.2, 0.4, 0.6, 0.8)
+
+
+def figure9(scale, name):
+    """ERG over kappa; kappa = 1 leaves C-ERG alone."""
+    settings = {f"kappa = {kappa:g}": ("erg", full_erg(name, kappa=kappa)) for kappa in KAPPAS}
+    settings["kappa = 1"] = ("erg", dict(w=recipe(name).w, tau_c=recipe(name).tau_c))
+    return (yield from fixed_table(scale, name, settings, scale.sweep[name]))
+
+
+# ------------------------------------------------------------------------------------------------
+# Beyond the paper
+# ------------------------------------------------------------------------------------------------
+
+
+def variants(scale, name):
+    """What might mend ERG's weak point; ERG itself and CFG for comparison, all at the recipe's w."""
+    w, n = recipe(name).w, depth(name)
+    base = full_erg(name)
+    spread = [[layer, 0.3] for layer in range(n)]
+    settings = {
+        "no guidance": ("none", {}), "CFG": ("cfg", dict(w=w)), "ERG": ("erg", base), "ERG + APG": ("erg+apg", base),
+        "w rises from 1": ("variant", dict(base, w=1.0, w_end=2 * w - 1)),
+        "w falls to 1": ("variant", dict(base, w=2 * w - 1, w_end=1.0)),
+        "window, until t = 0.6": ("variant", dict(base, until=0.6)),
+        "late, from t = 0.6": ("erg", dict(base, kappa=0.6)),
+        "renormalized": ("variant", dict(base, renormalize=1.0)),
+        "milder, tau = 0.3": ("erg", dict(base, tau=0.3)),
+        "tau = 0.3 in all layers": ("variant", dict({k: v for k, v in base.items() if k != "layers"}, taus=spread)),
+    }
+    return (yield from fixed_table(scale, name, settings))
+
+
+RUN_ENTRIES = dict(table1=table1, table2=table2, table3=table3, table4=table4, table5=table5, table6=table6, figure2=figure2,
+                   figure4=figure4, figure8=figure8, figure9=figure9, variants=variants)
+
+
+def advance(entries, collect):
+    """Run generators side by side, so that what they wish for in a round is one queue. {key: generator} -> {key: result}.
+
+    collect({key: runs}) returns {key: {run: row}}.
+    """
+    results, waiting = {}, {}
+
+    def step(key, rows):
+        try:
+            waiting[key] = entries[key].send(rows)
+        except StopIteration as stop:
+            waiting.pop(key, None)
+            results[key] = stop.value
+
+    for key in entries:
+        step(key, None)
+    while waiting:
+        for key, rows in collect(dict(waiting)).items():
+            step(key, rows)
+    return results

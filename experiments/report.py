@@ -1,0 +1,252 @@
+"""Markdown and figures from the results of entries.py: everything here is drawn from plain numbers.
+
+Colours are the same for a method everywhere, and told apart by the colour-blind (Okabe and Ito's palette).
+"""
+import math
+
+from experiments.metrics import BETTER
+from experiments.statistics import difference, interval, winners
+
+COLOURS = {"real images": "#000000", "no guidance": "#7f7f7f", "CFG": "#0072B2", "CFG, interval": "#56B4E9", "APG": "#009E73",
+           "CADS": "#8DA0CB", "PAG*": "#B79F00", "SAG*": "#A65628", "SEG*": "#66A61E", "AutoGuidance": "#3B3B6D",
+           "C-ERG": "#E69F00", "I-ERG": "#CC79A7", "ERG": "#D55E00", "ERG + APG": "#A50F15", "ERG + CADS": "#FB6A4A"}
+TITLES = {"frechet": "Frechet distance", "prompt": "prompt accuracy"}
+ARROW = {"higher": "↑", "lower": "↓"}
+
+
+def colour(label, i=0):
+    """A label's colour: its method's, else ERG's family for settings of ERG, else by position."""
+    if label in COLOURS:
+        return COLOURS[label]
+    for name in sorted(COLOURS, key=len, reverse=True):
+        if label.startswith(name):
+            return COLOURS[name]
+    return ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")[i % 6]
+
+
+def number(mean, half, signed=False):
+    digits = 2 if abs(mean) >= 1 else 3
+    text = f"{mean:+.{digits}f}" if signed else f"{mean:.{digits}f}"
+    return text if math.isinf(half) else f"{text} ± {half:.{digits}f}"
+
+
+def setting_text(parameters):
+    """Parameters as a reader would type them: "w = 1.5, layers 2:4"."""
+    parts = []
+    for name, value in parameters.items():
+        if name == "layers":
+            contiguous = value == list(range(value[0], value[-1] + 1))
+            parts.append(f"layers {value[0]}:{value[-1] + 1}" if contiguous else f"layers {value}")
+        elif name == "taus":
+            parts.append("tau by layer")
+        else:
+            parts.append(f"{name} = {value:g}" if isinstance(value, (int, float)) else f"{name} = {value}")
+    return ", ".join(parts)
+
+
+# ------------------------------------------------------------------------------------------------
+# Markdown
+# ------------------------------------------------------------------------------------------------
+
+
+def table(result):
+    """A table of means and intervals over seeds, or of differences from the baseline, in Markdown."""
+    metrics, rows = result["metrics"], result["rows"]
+    extra = [m for m in ("saturation", "nfe") if all(m in row["values"] for row in rows.values() if row["method"] != "real")]
+    baseline = result.get("baseline")
+    lines = ["| | " + " | ".join(f"{TITLES.get(m, m)} {ARROW[BETTER[m]]}" for m in metrics)
+             + "".join(f" | {m}" for m in extra) + " | settings |",
+             "|---" * (len(metrics) + len(extra) + 2) + "|"]
+    best = {m: winners({label: row["values"][m] for label, row in rows.items() if row["method"] != "real" and m in row["values"]},
+                       BETTER[m]) for m in metrics}
+    for label, row in rows.items():
+        cells = []
+        for m in [*metrics, *extra]:
+            if m not in row["values"]:
+                cells.append("")
+            elif m == "nfe":
+                cells.append(f"{interval(row['values'][m])[0]:.2f}")
+            elif baseline and label != baseline:
+                mean, half = difference(row["values"][m], rows[baseline]["values"][m])
+                cells.append(number(mean, half, signed=True))
+            else:
+                text = number(*interval(row["values"][m]))
+                cells.append(f"**{text}**" if label in best.get(m, ()) else text)
+        lines.append(f"| {label} | " + " | ".join(cells) + f" | {setting_text(row['parameters'])} |")
+    return "\n".join(lines)
+
+
+def searched(result):
+    """What was tried for each method, in one line each."""
+    lines = []
+    for label, tried in result.get("search", {}).items():
+        order = sorted(tried, key=lambda row: row["mean_rank"])
+        lines.append(f"- {label}: " + "; ".join(f"{setting_text(row['parameters'])} (mean rank {row['mean_rank']:.1f})" for row in order))
+    return "\n".join(lines)
+
+
+def markdown(name, record, text):
+    """The page of one entry: what it is, how it was made, and a section for each checkpoint."""
+    scale, lines = record["scale"], [f"# {record['title']}", "", text, "", f"![{name}]({name}.png)", "",
+             f"`{record['command']}` · {record['minutes']:.1f} minutes of sampling, summed over processes · "
+             f"{record['hardware']} · torch {record['torch']}", ""]
+    for checkpoint, result in record["checkpoints"].items():
+        lines += [f"## {checkpoint}", ""]
+        if "rows" in result:
+            lines += [f"{scale['steps']} Euler steps; {len(scale['seeds'])} seeds of {result['images']} images each; mean ± half the "
+                      "95 % interval over seeds (Student's t); bold: better than every other row beyond the 95 % interval of "
+                      "the difference, paired by seed. Frechet distances of so few images are biased upwards, for all rows alike.", ""]
+            lines += [f"The weights are compared with: {result['baseline']}; the other rows are differences.", ""] if result.get("baseline") else []
+            lines += [result["note"], ""] if result.get("note") else []
+            lines += [table(result), ""]
+        if result.get("search"):
+            lines += ["<details><summary>All settings that were tried, best mean rank first "
+                      f"(search seeds {', '.join(map(str, scale['search_seeds']))})</summary>", "", searched(result), "", "</details>", ""]
+        if "summary" in result:
+            lines += [result["summary"], ""]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+# ------------------------------------------------------------------------------------------------
+# Figures
+# ------------------------------------------------------------------------------------------------
+
+
+def canvas(rows, columns, width, height):
+    from matplotlib.figure import Figure
+    figure = Figure(figsize=(width * columns, height * rows), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False)
+    for ax in axes.flat:
+        ax.spines[["top", "right"]].set_visible(False)
+        ax.tick_params(labelsize=7)
+    return figure, axes
+
+
+def dots(record):
+    """A row of panels for each checkpoint: a dot and a 95 % interval for each label, a panel a metric."""
+    results = record["checkpoints"]
+    metrics = next(iter(results.values()))["metrics"]
+    height = max(1.6, 0.22 * max(len(r["rows"]) for r in results.values()) + 0.7)
+    figure, axes = canvas(len(results), len(metrics), 1.9, height)
+    for line, (name, result) in zip(axes, results.items()):
+        labels = list(result["rows"])
+        for ax, metric in zip(line, metrics):
+            for i, label in enumerate(labels):
+                values = result["rows"][label]["values"].get(metric)
+                if values:
+                    mean, half = interval(values)
+                    ax.errorbar(mean, -i, xerr=None if math.isinf(half) else half, fmt="o", ms=4, lw=1.2, capsize=2, color=colour(label, i))
+            ax.set_yticks([-i for i in range(len(labels))], labels if ax is line[0] else [""] * len(labels), fontsize=7)
+            ax.set_title(f"{TITLES.get(metric, metric)} {ARROW[BETTER[metric]]}", fontsize=8)
+            ax.grid(axis="x", lw=0.3)
+        line[0].set_ylabel(name, fontsize=9)
+    return figure
+
+
+def series(record, curves, xlabel, logx=False):
+    """Lines with 95 % bands over a parameter. `curves(result)` -> ({name: [(x, label of the row)]}, {name: label of a level})."""
+    results = record["checkpoints"]
+    metrics = next(iter(results.values()))["metrics"]
+    figure, axes = canvas(len(results), len(metrics), 2.3, 2.3)
+    for line, (name, result) in zip(axes, results.items()):
+        lines, levels = curves(result)
+        for ax, metric in zip(line, metrics):
+            value = lambda label: interval(result["rows"][label]["values"][metric])
+            for i, (curve, points) in enumerate(lines.items()):
+                xs, (means, halves) = [x for x, _ in points], zip(*(value(label) for _, label in points))
+                c = ("#D55E00", "#7B3294", "#0072B2")[i % 3]
+                ax.plot(xs, means, "o-", ms=3, lw=1.3, color=c, label=curve)
+                if not any(map(math.isinf, halves)):
+                    ax.fill_between(xs, [m - h for m, h in zip(means, halves)], [m + h for m, h in zip(means, halves)], color=c, alpha=0.15, lw=0)
+            for i, (level, label) in enumerate(levels.items()):
+                ax.axhline(value(label)[0], ls=("--", ":", "-.")[i % 3], lw=1, color="#7f7f7f" if label == "no guidance" else ("#D55E00", "#7B3294")[i % 2], label=level)
+            ax.set_title(f"{TITLES.get(metric, metric)} {ARROW[BETTER[metric]]}", fontsize=8)
+            ax.set_xlabel(xlabel, fontsize=8)
+            if logx:
+                ax.set_xscale("log")
+        line[0].set_ylabel(name, fontsize=9)
+        line[-1].legend(fontsize=6, frameon=False)
+    return figure
+
+
+def pareto_front(points):
+    """Those of (x, y, ...) that no other exceeds in both coordinates, by x."""
+    front = [p for p in points if not any(q[0] >= p[0] and q[1] >= p[1] and q[:2] != p[:2] for q in points)]
+    return sorted(front)
+
+
+def figure2(record):
+    pairs = [("density", "coverage"), ("density", "prompt"), ("coverage", "prompt")]
+    figure, axes = canvas(len(record["checkpoints"]), 3, 3.2, 2.8)
+    for line, (name, result) in zip(axes, record["checkpoints"].items()):
+        for ax, (mx, my) in zip(line, pairs):
+            points = []
+            for label, row in result["rows"].items():
+                (x, hx), (y, hy) = interval(row["values"][mx]), interval(row["values"][my])
+                points.append((x, y, label))
+                w = row["parameters"]["w"]
+                c = {1.5: "#56B4E9", 3.0: "#D55E00"}[w]
+                own = row["method"] == "apg"
+                known = not math.isinf(hx)
+                ax.errorbar(x, y, xerr=hx if known else None, yerr=hy if known else None, fmt="X" if own else "o", ms=8 if own else 4, lw=0.5, color=c, mec="black" if own else c,
+                            label=f"{'APG' if own else 'ERG + APG'}, w = {w:g}" if ax is line[2] and (own or label.count(",") == 1) else None)
+            front = pareto_front(points)
+            ax.plot([p[0] for p in front], [p[1] for p in front], "--", lw=1, color="black")
+            ax.set_xlabel(mx, fontsize=8)
+            ax.set_ylabel((f"{name}: " if ax is line[0] else "") + TITLES.get(my, my), fontsize=8)
+        line[2].legend(fontsize=6, frameon=False)
+    return figure
+
+
+def figure4(record):
+    def curves(result):
+        lines, levels = {}, {"no guidance (tau_c = 1)": "no guidance"}
+        for label, row in result["rows"].items():
+            w = row["parameters"].get("w")
+            if label.startswith("C-ERG"):
+                lines.setdefault(f"C-ERG, w = {w:g}", []).append((row["parameters"]["tau_c"], label))
+            elif label.startswith("CFG"):
+                levels[label] = label
+        return {name: sorted([*points, (1.0, "no guidance")]) for name, points in lines.items()}, levels
+    return series(record, curves, "tau_c", logx=True)
+
+
+def figure9(record):
+    def curves(result):
+        return {"ERG": [(float(label.split("=")[1]), label) for label in result["rows"]]}, {}
+    return series(record, curves, "kappa (1: C-ERG alone)")
+
+
+def figure8(record):
+    """Maps over the first and last layer of the range, as differences from no guidance."""
+    results = record["checkpoints"]
+    metrics = next(iter(results.values()))["metrics"]
+    figure, axes = canvas(len(results), len(metrics), 2.3, 2.2)
+    for line, (name, result) in zip(axes, results.items()):
+        n = result["depth"]
+        for ax, metric in zip(line, metrics):
+            grid = [[math.nan] * n for _ in range(n)]
+            for label, row in result["rows"].items():
+                if ":" in label:
+                    start, end = map(int, label.split(":"))
+                    mean, half = difference(row["values"][metric], result["rows"]["no guidance"]["values"][metric])
+                    grid[end - 1][start] = mean if BETTER[metric] == "higher" else -mean
+            limit = max(abs(v) for row in grid for v in row if not math.isnan(v)) or 1
+            image = ax.imshow(grid, cmap="RdBu", vmin=-limit, vmax=limit, origin="lower")
+            figure.colorbar(image, ax=ax, shrink=0.7).ax.tick_params(labelsize=6)
+            ax.set_title(f"{TITLES.get(metric, metric)}: gain", fontsize=8)
+            ax.set_xlabel("first layer", fontsize=7)
+            ax.set_ylabel((f"{name}: " if ax is line[0] else "") + "last layer", fontsize=7)
+    return figure
+
+
+FIGURES = dict(figure2=figure2, figure4=figure4, figure8=figure8, figure9=figure9)
+
+
+def draw(name, record):
+    """The figure of an entry whose result has rows."""
+    figure = FIGURES.get(name, dots)(record)
+    figure.suptitle(record["title"], fontsize=9)
+    return figure
+
+

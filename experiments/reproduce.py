@@ -1,0 +1,134 @@
+"""Every table and figure of the paper, on the toy, from the shipped weights.
+
+    python -m experiments.reproduce table1              # one entry, on every checkpoint that is shipped
+    python -m experiments.reproduce all --quick         # all of them in minutes, on the digits
+    torchrun --standalone --nproc_per_node 2 -m experiments.reproduce all     # several processes or GPUs
+    python -m experiments.reproduce claims              # the verdicts, from the results that are there
+
+Each entry writes NAME.json, NAME.md and NAME.png into --out. Runs are cached by content under out/cache, so that a
+call that was stopped goes on where it was, and entries share what they have in common.
+"""
+import argparse
+import json
+import os
+import shlex
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+import train_toy
+from experiments import claims, data, entries, inside, report, runs
+
+RESULTS = Path(__file__).resolve().parent / "results"
+ENTRIES = {**entries.RUN_ENTRIES, **inside.ENTRIES}
+TITLES = {
+    "table1": "Table 1: text-to-image", "table2": "Table 2: unconditional", "table3": "Table 3: class-conditional",
+    "table4": "Table 4: steps K and step size gamma", "table5": "Table 5: components", "table6": "Table 6: mechanisms",
+    "figure2": "Figure 2: Pareto fronts", "figure4": "Figure 4: tau_c by w", "figure5": "Figure 5: variances of the first velocity",
+    "figure6": "Figure 6: parallel and orthogonal differences", "figure7": "Figure 7: certainty of attention by layer",
+    "figure8": "Figure 8: range of layers", "figure9": "Figure 9: kappa", "figure15": "Figure 15: kappa by tau_i",
+    "figure16": "Figure 16: ranges of layers, in pictures", "variants": "Beyond the paper: what might mend the Frechet distance",
+    "suggest": "Beyond the paper: layers and kappa without a search",
+}
+
+
+def arguments():
+    shipped = sorted(file.stem for file in train_toy.WEIGHTS.glob("*.pt"))
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add = parser.add_argument
+    add("names", nargs="+", metavar="NAME", help=f"one or more of {', '.join(ENTRIES)}, claims, or all")
+    add("--quick", action="store_true", help="digits alone, few images, two seeds: a try of the whole machinery, not a result")
+    add("--weights", nargs="+", metavar="CHECKPOINT", help=f"of {', '.join(shipped)}; default: all but the early ones")
+    add("--out", help="folder for what is written (default: experiments/results, with --quick out/quick)")
+    add("--cache", default=str(runs.CACHE), help="folder of the finished runs")
+    add("--device", choices=("cuda", "mps", "cpu"), help="chosen automatically when not given")
+    return parser
+
+
+def chosen_weights(options):
+    """The checkpoints to run on; a clear error for one that is not there."""
+    shipped = sorted(file.stem for file in train_toy.WEIGHTS.glob("*.pt"))
+    names = options.weights or (["digits"] if options.quick else [n for n in data.NAMES if n in shipped])
+    for name in names:
+        if name not in shipped:
+            raise ValueError(f"--weights {name} must be one of {', '.join(shipped)}")
+    return names
+
+
+def hardware(device):
+    world = dist.get_world_size() if dist.is_initialized() else 1
+    return f"{world} process{'es' * (world > 1)} with {train_toy.describe(device)}"
+
+
+def command(argv):
+    """The command that repeats this run, as one would type it."""
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    launcher = "python" if world == 1 else f"torchrun --standalone --nproc_per_node {world}"
+    return f"{launcher} -m experiments.reproduce {shlex.join(argv)}"
+
+
+def write(out, name, record, figure):
+    """NAME.json, .md and .png, each whole or not at all."""
+    text = (ENTRIES[name].__doc__ or "").strip()
+    data.write_whole(out / f"{name}.json", lambda file: file.write((json.dumps(record, indent=1) + "\n").encode()))
+    data.write_whole(out / f"{name}.md", lambda file: file.write(report.markdown(name, record, text).encode()))
+    data.write_whole(out / f"{name}.png", lambda file: figure.savefig(file, format="png", dpi=110))
+
+
+def main(argv):
+    options = arguments().parse_args(argv)
+    known = [*ENTRIES, "claims", "all"]
+    for name in options.names:
+        if name not in known:
+            raise ValueError(f"NAME={name!r} must be one of {', '.join(known)}")
+    weights = chosen_weights(options)
+    out = Path(options.out or (runs.ROOT / "out" / "quick" if options.quick else RESULTS))
+    scale = entries.QUICK if options.quick else entries.FULL
+    names = [name for name in ENTRIES if name in options.names or "all" in options.names]
+    runs.start_processes()
+    device = train_toy.choose_device(options.device)
+    if device.type == "cpu" and dist.is_initialized():
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // dist.get_world_size()))
+    seconds, used, rounds = {}, {}, []
+
+    def collect(wishes):
+        rounds.append(1)
+        rows = runs.collect([run for wanted in wishes.values() for run in wanted], options.cache, device,
+                            title=f"round {len(rounds)}")
+        seconds.update({run.key: row["seconds"] for run, row in rows.items()})
+        for key, wanted in wishes.items():
+            used.setdefault(key, set()).update(run.key for run in wanted)
+        return {key: {run: rows[run] for run in wanted} for key, wanted in wishes.items()}
+
+    generators = {(name, checkpoint): entries.RUN_ENTRIES[name](scale, checkpoint)
+                  for name in names if name in entries.RUN_ENTRIES for checkpoint in weights}
+    results = entries.advance(generators, collect)
+    first = not dist.is_initialized() or dist.get_rank() == 0
+    for name in names if first else []:
+        record = dict(name=name, title=TITLES[name], command=command(argv), hardware=hardware(device), torch=str(torch.__version__),
+                      scale=dict(steps=scale.steps, seeds=scale.seeds, search_seeds=scale.search_seeds, budget=scale.budget))
+        if name in entries.RUN_ENTRIES:
+            record["checkpoints"] = {w: results[name, w] for w in weights}
+            keys = set().union(*(used[name, w] for w in weights))
+            record["minutes"] = sum(seconds[key] for key in keys) / 60
+            figure = report.draw(name, record)
+        else:
+            record, figure = inside.run(name, record, scale, weights, device)
+        write(out, name, record, figure)
+        print(f"{TITLES[name]}: {record['minutes']:.1f} minutes of sampling -> {out / name}.md", flush=True)
+    if first and ({"claims", "all"} & set(options.names)):
+        print(f"{claims.write(out)} claims judged -> {out / 'CLAIMS.md'}")
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except KeyboardInterrupt:
+        sys.exit("stopped; what is finished is cached, and the same command goes on")
+    except (data.DataError, ValueError, OSError) as error:
+        sys.exit(f"error: {error}")

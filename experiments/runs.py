@@ -1,0 +1,303 @@
+"""One cached sampling run: a checkpoint, a task, a method with its settings, a seed -> a row of metrics.
+
+    run = Run("digits", "text", "erg", dict(w=1.5, tau=0.01, layers=[1], tau_c=0.01), seed=0, images=256, steps=16)
+    rows = collect([run])      # computed, or read from the cache; one process, or several under torchrun
+    rows[run]["coverage"]
+
+A run's name in the cache is a hash of all that decides its numbers: the settings, the weights' bytes, the seed and
+VERSION, which must be raised when code changes what a run computes.
+"""
+import dataclasses
+import functools
+import hashlib
+import json
+import math
+import os
+import time
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+import erg
+import train_toy
+from experiments import data, rivals, variants
+from experiments.metrics import frechet_distance, precision_recall_density_coverage, saturation
+
+VERSION = 1
+ROOT = Path(__file__).resolve().parent.parent
+CACHE = ROOT / "out" / "cache"
+TASKS = ("text", "class", "unconditional")
+
+# ------------------------------------------------------------------------------------------------
+# Methods by name
+# ------------------------------------------------------------------------------------------------
+
+ERG_OPTIONS = ("w", "tau", "layers", "kappa", "tau_c", "alpha", "gamma", "steps", "negative")
+METHODS = {  # name -> (how it is called in tables, its parameters, function evaluations a step)
+    "none": ("no guidance", (), 1),
+    "cfg": ("CFG", ("w",), 2),
+    "interval": ("CFG, interval", ("w", "low", "high"), 2),
+    "apg": ("APG", ("w", "norm_threshold"), 2),
+    "cads": ("CADS", ("w", "tau1", "tau2", "scale"), 2),
+    "pag": ("PAG*", ("w", "layers"), 2),
+    "sag": ("SAG*", ("w", "layer", "sigma"), 2),
+    "seg": ("SEG*", ("w", "layers", "sigma", "cfg"), 3),
+    "autoguidance": ("AutoGuidance", ("w",), 2),
+    "erg": ("ERG", ERG_OPTIONS, 2),
+    "erg+apg": ("ERG + APG", (*ERG_OPTIONS, "norm_threshold"), 2),
+    "erg+cads": ("ERG + CADS", (*ERG_OPTIONS, "tau1", "tau2", "scale"), 2),
+    "mechanism": ("", ("w", "mechanism", "tau", "layers", "kappa", "negative"), 2),
+    "variant": ("", (*ERG_OPTIONS, "w_end", "until", "renormalize", "taus", "norm_threshold"), 2),
+}
+OPTIONAL = {"erg": ERG_OPTIONS[1:], "apg": ("norm_threshold",), "cads": ("tau1", "tau2", "scale"), "seg": ("sigma", "cfg"), "sag": ("sigma",),
+            "mechanism": ("tau",), "variant": ("w_end", "until", "renormalize", "taus", *ERG_OPTIONS[1:], "norm_threshold")}
+OPTIONAL["erg+apg"], OPTIONAL["erg+cads"] = OPTIONAL["erg"] + OPTIONAL["apg"], OPTIONAL["erg"] + OPTIONAL["cads"]
+
+
+def method_settings(method, parameters, weak=None):
+    """What train_toy.generate takes as `settings`, for a method of METHODS; `weak` is AutoGuidance's weak model."""
+    if method not in METHODS:
+        raise ValueError(f"method={method!r} must be one of {', '.join(METHODS)}")
+    for name in parameters:
+        if name not in METHODS[method][1]:
+            raise ValueError(f"{name}={parameters[name]!r} has no effect with method={method!r}, which obeys: "
+                             f"{', '.join(METHODS[method][1]) or 'nothing'}")
+    for name in set(METHODS[method][1]) - set(OPTIONAL.get(method, ())):
+        if name not in parameters:
+            raise ValueError(f"{name} is missing for method={method!r}, which needs: {', '.join(METHODS[method][1])}")
+    if method == "mechanism":
+        check_mechanism(parameters)
+    p = dict(parameters)
+    if method == "none":
+        return None
+    if method in ("cfg", "interval"):
+        return erg.ERG(w=p["w"] if method == "cfg" else rivals.interval(p["w"], p["low"], p["high"]))
+    apg = erg.APG(norm_threshold=p.pop("norm_threshold", 5.0)) if method in ("apg", "erg+apg") else None
+    cads = {name: p.pop(name) for name in ("tau1", "tau2", "scale") if name in p}
+    cads = erg.CADS(**cads) if method in ("cads", "erg+cads") else None
+    if method in ("apg", "cads", "erg", "erg+apg", "erg+cads"):
+        return erg.ERG(**p, apg=apg, cads=cads)
+    return functools.partial(prepare_rival, method, p, weak)
+
+
+def check_mechanism(p):
+    """One clear error for a mechanism, or an option of it, that does not exist or would do nothing."""
+    for name, allowed in (("mechanism", ("temperature", "identity", "smoothing")), ("negative", ("null", "same"))):
+        if p[name] not in allowed:
+            raise ValueError(f"{name}={p[name]!r} must be one of {', '.join(allowed)}")
+    if ("tau" in p) != (p["mechanism"] == "temperature"):
+        raise ValueError(f"mechanism={p['mechanism']!r} and tau={p.get('tau')!r}: tau goes with the temperature, and with it alone")
+
+
+def prepare_rival(method, p, weak, model, tokens, null, seed):
+    """(condition, guidance) of a method that is not an erg.ERG, for one batch of word numbers (B, L)."""
+    p, condition, image = dict(p), model.encoder(tokens), slice(0, model.side**2)
+    if method == "pag":
+        return condition, rivals.pag(**p, queries=image)
+    if method == "seg":
+        p["sigma"] = math.inf if p.get("sigma") in (None, "inf") else p["sigma"]
+        empty = model.encoder(null) if p.get("cfg", 1) != 1 else None
+        return condition, rivals.seg(**p, side=model.side, null=empty)
+    if method == "sag":
+        return condition, rivals.SAG(**p, side=model.side)
+    if method == "autoguidance":
+        return condition, rivals.AutoGuidance(**p, weak=weak, condition=weak.encoder(tokens))
+    if method == "mechanism":  # Table 6: three ways to weaken the same attention, at the same place
+        tau = p.pop("tau", None)
+        attention = {"temperature": functools.partial(erg.energy_attention, tau=tau), "identity": rivals.identity_attention,
+                     "smoothing": rivals.SmoothedAttention(math.inf, model.side)}[p.pop("mechanism")]
+        negative = model.encoder(null) if p.pop("negative") == "null" else None
+        return condition, rivals.Rewired(**p, attention=attention, queries=image, negative=negative)
+    extra = {name: p.pop(name) for name in ("until", "renormalize") if name in p}
+    if "taus" in p:
+        extra["taus"] = {int(layer): tau for layer, tau in p.pop("taus")}
+    apg = erg.APG(norm_threshold=p.pop("norm_threshold")) if "norm_threshold" in p else None
+    if "w_end" in p:
+        p["w"] = variants.ramp(p["w"], p.pop("w_end"))
+    settings = erg.ERG(**p, apg=apg)
+    if not extra:
+        return train_toy.prepare(settings, model, tokens, null, seed)
+    if settings.tau != 1:
+        settings = dataclasses.replace(settings, queries=image)
+    condition, negative = settings.encode(model.encoder, tokens, null=null)
+    return condition, variants.Variant(settings, negative, **extra)
+
+
+# ------------------------------------------------------------------------------------------------
+# One run
+# ------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Run:
+    """All that decides the numbers of a run; parameters hold numbers, strings and lists alone."""
+
+    weights: str  # the name of a file under weights/, without .pt
+    task: str  # what the prompt holds: the caption, the class alone, or nothing
+    method: str
+    parameters: dict
+    seed: int
+    images: int
+    steps: int
+
+    def __post_init__(self):
+        if self.task not in TASKS:
+            raise ValueError(f"task={self.task!r} must be one of {', '.join(TASKS)}")
+        method_settings(self.method, self.parameters)  # an unknown name shows now
+
+    @functools.cached_property
+    def key(self):
+        state = dict(dataclasses.asdict(self), version=VERSION, digest=weights_digest(self.weights))
+        if self.method == "autoguidance":
+            state["weak"] = weights_digest(f"{self.weights}-early")
+        return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()[:24]
+
+    def __hash__(self):
+        return hash(self.key)
+
+    def __eq__(self, other):
+        return isinstance(other, Run) and self.key == other.key
+
+
+def weights_file(name):
+    return train_toy.WEIGHTS / f"{name}.pt"
+
+
+@functools.cache
+def weights_digest(name):
+    return hashlib.sha256(weights_file(name).read_bytes()).hexdigest()
+
+
+@functools.cache
+def checkpoint(name, device="cpu"):
+    """(model, classifier, reference features) of a shipped checkpoint."""
+    model, classifier, reference, _ = train_toy.load_checkpoint(weights_file(name), device)
+    return model.requires_grad_(False), classifier.requires_grad_(False), reference.cpu()
+
+
+def attribute_words(model):
+    """The attributes of a checkpoint's captions: {"digit": words, "ink": ..., "paper": ...} or {"object": words}."""
+    if "horse" in model.config.vocabulary:
+        return {"object": tuple(data.OBJECTS)}
+    return {"digit": tuple(data.DIGITS), "ink": tuple(data.INKS), "paper": tuple(data.PAPERS)}
+
+
+def draw_prompts(words, task, n, seed):
+    """n prompts for a task, and the attributes (n, A) that they were made from; every class as often."""
+    generator = torch.Generator().manual_seed(7_000_003 + seed)
+    first, *others = words.values()
+    labels = torch.arange(n) % len(first)
+    labels = labels[torch.randperm(n, generator=generator)]
+    if not others:
+        captions = [data.caption(first[i]) for i in labels.tolist()]
+        attributes = labels[:, None]
+    else:
+        pairs = torch.tensor([(i, p) for i, ink in enumerate(others[0]) for p, paper in enumerate(others[1]) if ink != paper])
+        pair = pairs[torch.randint(len(pairs), (n,), generator=generator)]  # (n, 2)
+        captions = [data.caption(first[d], others[0][i], others[1][p]) for d, (i, p) in zip(labels.tolist(), pair.tolist())]
+        attributes = torch.cat([labels[:, None], pair], dim=1)
+    if task == "class":
+        captions = [f"a {first[i]}" for i in labels.tolist()]
+    elif task == "unconditional":
+        captions = [""] * n
+    return captions, attributes
+
+
+def sample_run(run, device="cpu", images=None):
+    """The pictures of a run (n, C, S, S), its prompts, and their attributes."""
+    model, *_ = checkpoint(run.weights, device)
+    weak = checkpoint(f"{run.weights}-early", device)[0] if run.method == "autoguidance" else None
+    prompts, attributes = draw_prompts(attribute_words(model), run.task, images or run.images, run.seed)
+    settings = method_settings(run.method, run.parameters, weak)
+    return train_toy.generate(model, prompts, settings, run.steps, run.seed, batch=64), prompts, attributes
+
+
+def compute(run, device="cpu"):
+    """Sample and measure: a row of numbers, with the evaluations a step and image (nfe), and the seconds taken.
+
+    The Frechet distance is to all reference features; the other metrics are to as many as there are images, another
+    part of them for each seed.
+    """
+    began = time.perf_counter()
+    model, classifier, reference = checkpoint(run.weights, device)
+    weak = [checkpoint(f"{run.weights}-early", device)[0]] if run.method == "autoguidance" else []
+    evaluations = []
+    counters = [m.register_forward_pre_hook(lambda module, args: evaluations.append(len(args[0]))) for m in (model, *weak)]
+    try:
+        x, _, attributes = sample_run(run, device)
+    finally:
+        for counter in counters:
+            counter.remove()
+    with torch.no_grad():
+        features = train_toy.features_of(classifier, x)
+        outputs = classifier.heads(features.to(device)).split(classifier.classes, dim=1)
+    row = dict(measure(reference, features, run.seed), saturation=saturation(x),
+               nfe=sum(evaluations) / (run.images * run.steps))
+    right = torch.stack([y.argmax(1).cpu() for y in outputs], dim=1) == attributes  # (n, A)
+    if run.task == "text":
+        row.update({name: right[:, i].double().mean().item() for i, name in enumerate(attribute_words(model))})
+        row["prompt"] = right.all(1).double().mean().item()
+    elif run.task == "class":
+        row["prompt"] = right[:, 0].double().mean().item()
+    return dict(row, seconds=time.perf_counter() - began)
+
+
+def measure(reference, features, seed):
+    """The Frechet distance to all of `reference`, the manifold metrics to as many of it as there are features."""
+    part = torch.randperm(len(reference), generator=torch.Generator().manual_seed(seed))[:len(features)]
+    return {"frechet": frechet_distance(reference, features),
+            **precision_recall_density_coverage(reference[part], features)}
+
+
+def measure_real(name, seed, images):
+    """The same for real images in place of samples: `images` of the reference against the rest of it."""
+    _, _, reference = checkpoint(name)
+    order = torch.randperm(len(reference), generator=torch.Generator().manual_seed(9_000_000 + seed))
+    return measure(reference[order[images:]], reference[order[:images]], seed)
+
+
+# ------------------------------------------------------------------------------------------------
+# Many runs: cached, in one or several processes
+# ------------------------------------------------------------------------------------------------
+
+
+def read(run, cache):
+    """The cached row, or None; a file that was cut short counts as missing."""
+    try:
+        return json.loads((cache / f"{run.key}.json").read_text())["row"]
+    except (OSError, ValueError, KeyError):
+        return None
+
+
+def collect(runs, cache=CACHE, device=None, title="runs"):
+    """{run: row} for all runs. What is not in the cache is computed and stored, so that a stopped call goes on.
+
+    Under torchrun every process computes its share; all must call this with the same runs.
+    """
+    cache = Path(cache)
+    runs = list(dict.fromkeys(runs))
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    missing = [run for run in runs if read(run, cache) is None]
+    if world > 1:
+        dist.barrier()  # all have looked before any writes
+    device = device or train_toy.choose_device()
+    if missing and device.type == "cpu" and world > 1:
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // world))
+    for run in tqdm(missing[rank::world], desc=title, unit="run", disable=rank > 0):
+        row = compute(run, device)
+        record = dict(dataclasses.asdict(run), row=row)
+        data.write_whole(cache / f"{run.key}.json", lambda file: file.write(json.dumps(record).encode()))
+    if world > 1:
+        dist.barrier()
+    return {run: read(run, cache) for run in runs}
+
+
+def start_processes():
+    """Join the other processes of torchrun, if there are any."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
+        if torch.cuda.is_available():
+            torch.cuda.set_device(train_toy.choose_device())
+        dist.init_process_group("gloo", timeout=timedelta(hours=12))
