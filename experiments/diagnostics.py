@@ -1,8 +1,11 @@
-"""What ERG looks at, measured on any model: the paper's figures 5, 6 and 7.
+"""What ERG looks at, measured on any model: the paper's figures 5, 6 and 7, and layers and kappa without a search.
 
     for layer in attention_certainty(model, x, t, condition): print(layer)         # figure 7
     difference_norms(model, noise, condition, settings, negative)                  # figure 6
     velocity_variances(model, noise, condition, null, weak)                        # figure 5
+    layers = fading_layers(layer_effects(model, noise, condition))                 # our rule for the layers
+    layers = middle_regime(attention_certainty(model, x, t, condition))            # B.4's rule
+    kappa = parallel_end(*difference_norms(model, noise, condition, erg.ERG(w=1.5), null))   # B.2's rule for kappa
 
 All of it runs through erg.py's rectifier, so it works wherever that does.
 Shapes: B batch, H heads, S queries, N keys, D head dimension.
@@ -92,3 +95,99 @@ def velocity_variances(model, noise, condition, null, weak):
     v, v_null, v_weak = (model(noise, t, c) for c in (condition, null, weak))
     return {"marginal null": v_null.var(0), "marginal weak": v_weak.var(0),
             "conditional null": (v - v_null).var(0), "conditional weak": (v - v_weak).var(0)}
+
+
+# ------------------------------------------------------------------------------------------------
+# Layers and kappa without a search
+# ------------------------------------------------------------------------------------------------
+
+
+def middle_regime(layers, share=0.05):
+    """B.4's rule: the longest run of layers that are less than half as often certain as the most certain one.
+
+    `layers` as `attention_certainty` returns them. None if no layer is certain in more than `share` of its rows: then
+    there are no regimes to tell apart.
+    """
+    most = max(layer.certain for layer in layers)
+    if most <= share:
+        return None
+    best, start = range(0), None
+    for i, layer in enumerate([*layers, None]):
+        low = layer is not None and layer.certain < most / 2
+        if low and start is None:
+            start = i
+        elif not low and start is not None:
+            best, start = max(best, range(start, i), key=len), None
+    return best or None
+
+
+@dataclass(frozen=True)
+class Effect:
+    """What rectifying a range of layers does to the velocity: the norm of the change orthogonal to it, over its own norm."""
+
+    layers: range
+    early: float
+    late: float
+
+    @property
+    def growth(self):
+        return self.late / max(self.early, 1e-12)
+
+
+@torch.no_grad()
+def layer_effects(model, noise, condition, tau=0.01, queries=None, times=(0.3, 0.9), steps=20, longest=None):
+    """The Effect of every range of at most `longest` self-attention layers (all by default), at two times of the unguided path.
+
+    noise (B, ...), condition as the model takes it; a batch of 16 to 32 will do. One forward for each range and time.
+    """
+    if not 0 < times[0] < times[1] < 1:
+        raise ValueError(f"times={times!r} must be two numbers with 0 < early < late < 1")
+    x, states = noise, {}
+    for i in range(steps):
+        if i in (at := [round(t * steps) for t in times]):
+            states[at.index(i)] = x
+        x = x + model(x, torch.full((len(x),), i / steps, device=x.device), condition) / steps
+    if len(states) < 2:
+        raise ValueError(f"steps={steps!r} are too few to tell the times {times} apart")
+    stamp = lambda x, j: torch.full((len(x),), round(times[j] * steps) / steps, device=x.device)
+    plain = [model(states[j], stamp(states[j], j), condition) for j in (0, 1)]
+    n = sum(call.kind == "self" for call in erg.attention_calls(model, states[0], stamp(states[0], 0), condition))
+    effects = []
+    for start in range(n):
+        for end in range(start + 1, min(n, start + (longest or n)) + 1):
+            size = []
+            for j in (0, 1):
+                with erg.rectify(model, tau=tau, layers=range(start, end), queries=queries):
+                    weak = model(states[j], stamp(states[j], j), condition)
+                _, orthogonal = erg.project(plain[j] - weak, plain[j])
+                dims = tuple(range(1, weak.dim()))
+                size.append((torch.linalg.vector_norm(orthogonal, dim=dims) / torch.linalg.vector_norm(plain[j], dim=dims)).mean().item())
+            effects.append(Effect(range(start, end), *size))
+    return effects
+
+
+def fading_layers(effects):
+    """Our rule: of the ranges whose effect is no larger late than early, the one with the largest early effect.
+
+    Guidance then acts while the picture is still open, and lets go when only its details are left. Where the effect of
+    every range grows, the one that grows least.
+    """
+    if not effects:
+        raise ValueError("effects is empty; layer_effects makes them")
+    fading = [e for e in effects if e.late <= e.early]
+    return max(fading, key=lambda e: e.early).layers if fading else min(effects, key=lambda e: e.growth).layers
+
+
+def parallel_end(t, parallel, orthogonal, share=0.1):
+    """B.2's rule for kappa: the first t where the parallel part of CFG's difference is below `share` of its largest value,
+    while the orthogonal part is not below that share of its own. None if there is no such t.
+
+    All (steps,), as `difference_norms` returns them.
+    """
+    if not 0 < share < 1:
+        raise ValueError(f"share={share!r} must lie between 0 and 1")
+    top, peak = int(parallel.argmax()), orthogonal.max()
+    for i in range(top, len(t)):
+        if parallel[i] < share * parallel[top] and orthogonal[i] >= share * peak:
+            return t[i].item()
+    return None

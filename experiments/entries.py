@@ -7,9 +7,14 @@ seconds, are made by report.py.
 """
 import dataclasses
 
+import torch
+
+import erg
 import train_toy
+from experiments import diagnostics
 from experiments.metrics import mean_ranks
-from experiments.runs import METHODS, Run, checkpoint, measure_real
+from experiments.runs import METHODS, Run, attribute_words, checkpoint, draw_prompts, measure_real
+from tiny_dit import sample
 
 QUALITY = ("frechet", "precision", "recall", "density", "coverage")
 
@@ -27,7 +32,7 @@ class Scale:
     layer_stride: int  # of the layer grid
 
 
-FULL = Scale(images={"digits": 256, "mnist": 128, "cifar10": 512}, sweep={"digits": 128, "mnist": 64, "cifar10": 256},
+FULL = Scale(images={"digits": 160, "mnist": 128, "cifar10": 512}, sweep={"digits": 80, "mnist": 64, "cifar10": 256},
              steps=16, seeds=(0, 1, 2, 3, 4), search_seeds=(1000,), budget=6, layer_stride=1)
 QUICK = Scale(images={"digits": 40, "mnist": 20, "cifar10": 20}, sweep={"digits": 24, "mnist": 20, "cifar10": 20},
               steps=6, seeds=(0, 1), search_seeds=(1000,), budget=2, layer_stride=4)
@@ -271,8 +276,73 @@ def variants(scale, name):
     return (yield from fixed_table(scale, name, settings))
 
 
+def suggest(scale, name):
+    """Layers and kappa from the diagnostics, ranked among the whole grids of figures 8 and 9 by mean rank over the metrics."""
+    layers = yield from figure8(scale, name)
+    kappas = yield from figure9(scale, name)
+    hints = suggestions(name)
+    ranges = {label: row for label, row in layers["rows"].items() if ":" in label}
+    thresholds = {label: row for label, row in kappas["rows"].items() if label != "kappa = 1"}
+    nearest = min(KAPPAS, key=lambda k: abs(k - hints["kappa"])) if hints["kappa"] is not None else None
+    r = recipe(name)
+    n = depth(name)
+    asked = {"our rule (fading effect)": hints["fading"], "B.4's rule (middle regime of certainty)": hints["middle regime"],
+             "the middle third": f"{round(n / 3)}:{round(2 * n / 3)}", "the recipe (found by hand)": f"{r.layers[0]}:{r.layers[1]}"}
+    found = {rule: placed(ranges, label) for rule, label in asked.items()}
+    found["B.2's rule for kappa"] = placed(thresholds, None if nearest is None else f"kappa = {nearest:g}")
+    return dict(placed=found, evidence=hints, depth=n, images=scale.sweep[name],
+                ranks={label: sum(ranks) / len(ranks) for label, ranks in seed_ranks(ranges).items()}, summary=placed_text(found, hints))
+
+
+def seed_ranks(rows):
+    """{label: its mean rank over the metrics, a number a seed}."""
+    labels, metrics = list(rows), metrics_of("text")
+    seeds = range(len(rows[labels[0]]["values"]["recall"]))
+    by_seed = [mean_ranks([{m: rows[label]["values"][m][s] for m in metrics} for label in labels], metrics) for s in seeds]
+    return {label: [ranks[i] for ranks in by_seed] for i, label in enumerate(labels)}
+
+
+def placed(rows, label):
+    """Where a row stands among all rows: its position by mean rank, and the mean ranks of itself, the best and the median."""
+    mean = {name: sum(ranks) / len(ranks) for name, ranks in seed_ranks(rows).items()}
+    order = sorted(mean, key=mean.get)
+    middle = sorted(mean.values())[len(mean) // 2]
+    result = dict(label=label, of=len(order), best=order[0], best_rank=mean[order[0]], median_rank=middle)
+    return result if label not in mean else dict(result, position=order.index(label) + 1, mean_rank=mean[label])
+
+
+def placed_text(found, hints):
+    lines = ["| rule | suggests | position in the grid | its mean rank | best of the grid | its mean rank | median mean rank |", "|---" * 7 + "|"]
+    for rule, p in found.items():
+        own = f"{p['position']} of {p['of']} | {p['mean_rank']:.1f}" if "position" in p else "- | -"
+        lines.append(f"| {rule} | {p['label'] or 'nothing'} | {own} | {p['best']} | {p['best_rank']:.1f} | {p['median_rank']:.1f} |")
+    kappa = "never" if hints["kappa"] is None else f"from t = {hints['kappa']:.2f} on"
+    return "\n".join([*lines, "", f"CFG's parallel difference is below a tenth of its peak {kappa}; the suggestion for kappa is the nearest of the grid. "
+                      "Mean ranks are over the six metrics and the seeds; the grid of ranges is figure 8's, that of kappa figure 9's."])
+
+
+def suggestions(name, batch=24, seed=77):
+    """What the rules suggest for a checkpoint, and their evidence, from one small batch."""
+    model = checkpoint(name)[0]
+    prompts, _ = draw_prompts(attribute_words(model), "text", batch, seed)
+    shape = (batch, model.config.channels, model.config.image_size, model.config.image_size)
+    noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+    with torch.no_grad():
+        condition, null = model.encode(prompts), model.encode([""] * batch)
+    effects = diagnostics.layer_effects(model, noise, condition, queries=slice(0, model.side**2))
+    path = sample(model, noise, condition, 20, trajectory=True)
+    certainty = diagnostics.attention_certainty(model, path[6], torch.full((batch,), 0.3), condition)
+    t, parallel, orthogonal = diagnostics.difference_norms(model, noise, condition, erg.ERG(w=recipe(name).w), null)
+    text = lambda layers: f"{layers.start}:{layers.stop}" if layers else None
+    return dict(fading=text(diagnostics.fading_layers(effects)), kappa=diagnostics.parallel_end(t, parallel, orthogonal),
+                effects={text(e.layers): [e.early, e.late] for e in effects}, certain=[layer.certain for layer in certainty],
+                t=t.tolist(), parallel=parallel.tolist(), orthogonal=orthogonal.tolist(),
+                **{"middle regime": text(diagnostics.middle_regime(certainty))})
+
+
 RUN_ENTRIES = dict(table1=table1, table2=table2, table3=table3, table4=table4, table5=table5, table6=table6, figure2=figure2,
-                   figure4=figure4, figure8=figure8, figure9=figure9, variants=variants)
+                   figure4=figure4, figure8=figure8, figure9=figure9, variants=variants,
+                   suggest=suggest)
 
 
 def advance(entries, collect):

@@ -38,16 +38,18 @@ def distances(a, b):
     return torch.cdist(a, b, compute_mode="donot_use_mm_for_euclid_dist")
 
 
-def neighbour_distance(x, k, chunk):
+def ball_radii(x, k, chunk=1000):
     """Distance of each of x (N, F) to its k-th neighbour, itself not counted: (N,)."""
+    x = x.double()
     return torch.cat([distances(part, x).kthvalue(k + 1, dim=1).values for part in x.split(chunk)])
 
 
-def precision_recall_density_coverage(real, fake, k=5, chunk=None):
+def precision_recall_density_coverage(real, fake, k=5, chunk=None, real_radius=None):
     """The four manifold metrics as a dict (Kynkaanniemi et al., 2019; Naeem et al., 2020), each in [0, 1] but density.
 
     A ball's radius is the distance to the k-th neighbour, itself not counted; inside is strict. Distances are formed
     for `chunk` samples at a time (by default so many that they take 256 MiB), so 50,000 x 50,000 needs no more memory.
+    `real_radius` (N,), the radii of `ball_radii(real, k)`, saves computing them anew for each generated set.
     """
     real, fake = _check(real, fake)
     if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k < min(len(real), len(fake)):
@@ -57,7 +59,10 @@ def precision_recall_density_coverage(real, fake, k=5, chunk=None):
         chunk = max(1, 2**25 // max(len(real), len(fake)))
     if isinstance(chunk, bool) or not isinstance(chunk, int) or chunk < 1:
         raise ValueError(f"chunk={chunk!r} must be a whole number, at least 1")
-    radius, fake_radius = neighbour_distance(real, k, chunk), neighbour_distance(fake, k, chunk)  # (N,), (M,)
+    if real_radius is not None and real_radius.shape != (len(real),):
+        raise ValueError(f"real_radius has the shape {tuple(real_radius.shape)}; it must be ({len(real)},), one for each real sample")
+    radius = ball_radii(real, k, chunk) if real_radius is None else real_radius.to(real)  # (N,)
+    fake_radius = ball_radii(fake, k, chunk)  # (M,)
     precise = torch.zeros(len(fake), dtype=torch.bool, device=fake.device)
     recalled = covered = pairs = 0
     for part, r in zip(real.split(chunk), radius.split(chunk)):

@@ -240,7 +240,37 @@ def figure8(record):
     return figure
 
 
-FIGURES = dict(figure2=figure2, figure4=figure4, figure8=figure8, figure9=figure9)
+def suggest(record):
+    """The evidence: early and late effect of each range, coloured by its mean rank; certainty; the parts of CFG's difference."""
+    results = record["checkpoints"]
+    figure, axes = canvas(len(results), 3, 3.4, 2.7)
+    for line, (name, result) in zip(axes, results.items()):
+        evidence, ranks = result["evidence"], result["ranks"]
+        labels = [label for label in evidence["effects"] if label in ranks]
+        points = line[0].scatter(*zip(*(evidence["effects"][label] for label in labels)), c=[ranks[label] for label in labels], cmap="viridis_r", s=22)
+        figure.colorbar(points, ax=line[0]).set_label("mean rank (low is good)", fontsize=7)
+        for label in {evidence["fading"], *sorted(labels, key=ranks.get)[:2]}:
+            line[0].annotate(label, evidence["effects"][label], fontsize=7, xytext=(3, 3), textcoords="offset points")
+        end = max(v for pair in evidence["effects"].values() for v in pair)
+        line[0].plot([0, end], [0, end], ":", lw=0.8, color="black")
+        line[0].set(xscale="symlog", yscale="symlog", xlim=(0, None), ylim=(0, None))
+        line[0].set_xlabel("effect at t = 0.3", fontsize=8)
+        line[0].set_ylabel(f"{name}: effect at t = 0.9", fontsize=8)
+        line[0].set_title("below the line: fading ranges", fontsize=8)
+        line[1].bar(range(len(evidence["certain"])), evidence["certain"], color="#56B4E9")
+        line[1].set_xlabel("layer", fontsize=8)
+        line[1].set_title("share of certain rows, t = 0.3", fontsize=8)
+        for part, style in (("parallel", "-"), ("orthogonal", "--")):
+            line[2].plot(evidence["t"], evidence[part], style, color=COLOURS["CFG"], label=part)
+        if evidence["kappa"] is not None:
+            line[2].axvline(evidence["kappa"], lw=0.8, color="black")
+        line[2].set_title("CFG's difference; line: B.2's kappa", fontsize=8)
+        line[2].set_xlabel("t (0 = noise)", fontsize=8)
+        line[2].legend(fontsize=7, frameon=False)
+    return figure
+
+
+FIGURES = dict(suggest=suggest, figure2=figure2, figure4=figure4, figure8=figure8, figure9=figure9)
 
 
 def draw(name, record):

@@ -24,9 +24,9 @@ from tqdm import tqdm
 import erg
 import train_toy
 from experiments import data, rivals, variants
-from experiments.metrics import frechet_distance, precision_recall_density_coverage, saturation
+from experiments.metrics import ball_radii, frechet_distance, precision_recall_density_coverage, saturation
 
-VERSION = 1
+VERSION = 2
 ROOT = Path(__file__).resolve().parent.parent
 CACHE = ROOT / "out" / "cache"
 TASKS = ("text", "class", "unconditional")
@@ -216,13 +216,9 @@ def sample_run(run, device="cpu", images=None):
 
 
 def compute(run, device="cpu"):
-    """Sample and measure: a row of numbers, with the evaluations a step and image (nfe), and the seconds taken.
-
-    The Frechet distance is to all reference features; the other metrics are to as many as there are images, another
-    part of them for each seed.
-    """
+    """Sample and measure: a row of numbers, with the evaluations a step and image (nfe), and the seconds taken."""
     began = time.perf_counter()
-    model, classifier, reference = checkpoint(run.weights, device)
+    model, classifier, _ = checkpoint(run.weights, device)
     weak = [checkpoint(f"{run.weights}-early", device)[0]] if run.method == "autoguidance" else []
     evaluations = []
     counters = [m.register_forward_pre_hook(lambda module, args: evaluations.append(len(args[0]))) for m in (model, *weak)]
@@ -234,7 +230,7 @@ def compute(run, device="cpu"):
     with torch.no_grad():
         features = train_toy.features_of(classifier, x)
         outputs = classifier.heads(features.to(device)).split(classifier.classes, dim=1)
-    row = dict(measure(reference, features, run.seed), saturation=saturation(x),
+    row = dict(measure(run.weights, features), saturation=saturation(x),
                nfe=sum(evaluations) / (run.images * run.steps))
     right = torch.stack([y.argmax(1).cpu() for y in outputs], dim=1) == attributes  # (n, A)
     if run.task == "text":
@@ -245,18 +241,24 @@ def compute(run, device="cpu"):
     return dict(row, seconds=time.perf_counter() - began)
 
 
-def measure(reference, features, seed):
-    """The Frechet distance to all of `reference`, the manifold metrics to as many of it as there are features."""
-    part = torch.randperm(len(reference), generator=torch.Generator().manual_seed(seed))[:len(features)]
+def measure(name, features):
+    """Frechet distance and manifold metrics of features to all of a checkpoint's reference."""
+    _, _, reference = checkpoint(name)
     return {"frechet": frechet_distance(reference, features),
-            **precision_recall_density_coverage(reference[part], features)}
+            **precision_recall_density_coverage(reference, features, real_radius=reference_radii(name))}
+
+
+@functools.cache
+def reference_radii(name):
+    return ball_radii(checkpoint(name)[2], 5)
 
 
 def measure_real(name, seed, images):
     """The same for real images in place of samples: `images` of the reference against the rest of it."""
     _, _, reference = checkpoint(name)
-    order = torch.randperm(len(reference), generator=torch.Generator().manual_seed(9_000_000 + seed))
-    return measure(reference[order[images:]], reference[order[:images]], seed)
+    order = torch.randperm(len(reference), generator=torch.Generator().manual_seed(seed))
+    part, rest = reference[order[:images]], reference[order[images:]]
+    return {"frechet": frechet_distance(rest, part), **precision_recall_density_coverage(rest, part)}
 
 
 # ------------------------------------------------------------------------------------------------

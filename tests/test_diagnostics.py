@@ -8,7 +8,8 @@ from torch import nn
 
 import erg
 from conftest import random_model
-from experiments.diagnostics import attention_certainty, difference_norms, velocity_variances
+from experiments.diagnostics import (Certainty, Effect, attention_certainty, difference_norms, fading_layers, layer_effects,
+                                     middle_regime, parallel_end, velocity_variances)
 
 
 class Attend(nn.Module):
@@ -74,3 +75,66 @@ def test_velocity_variances_of_a_known_model():
     assert v["conditional null"] == pytest.approx(9, rel=0.05) and v["conditional weak"] == pytest.approx(2.25, rel=0.05)
     with pytest.raises(ValueError, match="1 samples"):
         velocity_variances(model, noise[:1], c[:1], c[:1], c[:1])
+
+
+# ------------------------------------------------------------------------------------------------
+# Layers and kappa without a search
+# ------------------------------------------------------------------------------------------------
+
+
+def test_effects_are_those_of_rectified_forwards():
+    """Each range's effect is the relative orthogonal change of the velocity at its time of the unguided path."""
+    model = random_model(depth=3)
+    noise, c = torch.randn(4, 3, 8, 8, dtype=torch.float64), model.encode(["a red seven", "two", "a", ""])
+    effects = layer_effects(model, noise, c, tau=0.1, steps=4, times=(0.25, 0.5))
+    assert [(e.layers.start, e.layers.stop) for e in effects] == [(0, 1), (0, 2), (0, 3), (1, 2), (1, 3), (2, 3)]
+    x = noise + model(noise, 0.0, c) / 4
+    for t, size in ((0.25, lambda e: e.early), (0.5, lambda e: e.late)):
+        v = model(x, t, c)
+        for effect in effects:
+            with erg.rectify(model, tau=0.1, layers=effect.layers):
+                weak = model(x, t, c)
+            cosine = F.cosine_similarity(v.flatten(1), (v - weak).flatten(1))
+            expected = ((v - weak).flatten(1).norm(dim=1) * (1 - cosine**2).sqrt() / v.flatten(1).norm(dim=1)).mean()
+            assert size(effect) == pytest.approx(expected.item(), rel=1e-5)
+        x = x + v / 4
+    assert len(layer_effects(model, noise, c, steps=4, times=(0.25, 0.5), longest=1)) == 3
+    restricted = layer_effects(model, noise, c, tau=0.1, steps=4, times=(0.25, 0.5), queries=slice(0, 4))
+    assert all(a.early != b.early for a, b in zip(effects, restricted))
+    assert layer_effects(model, noise, c, tau=1.0, steps=4, times=(0.25, 0.5))[0].early == pytest.approx(0, abs=1e-9)
+
+
+def test_the_fading_rule():
+    """The largest early effect among ranges that do not grow; the least growth where all do."""
+    a, b, c = Effect(range(0, 1), 0.3, 0.4), Effect(range(1, 2), 0.2, 0.1), Effect(range(2, 3), 0.1, 0.02)
+    assert fading_layers([a, b, c]) == range(1, 2) and fading_layers([a, Effect(range(3, 4), 0.1, 0.2)]) == range(0, 1)
+
+
+def test_the_middle_regime():
+    """The longest run below half of the largest certainty; nothing where no layer is certain."""
+    row = lambda shares: [Certainty(i, 0.0, 0.0, share) for i, share in enumerate(shares)]
+    assert middle_regime(row([0.4, 0.1, 0.1, 0.1, 0.3, 0.1, 0.5])) == range(1, 4)
+    assert middle_regime(row([0.01, 0.0, 0.04])) is None and middle_regime(row([0.4, 0.4])) is None
+
+
+def test_the_end_of_the_parallel_part():
+    """The first time after its peak at which the parallel part is below a tenth of it, with an orthogonal part left."""
+    t, orthogonal = torch.linspace(0, 0.9, 10), torch.ones(10)
+    parallel = torch.tensor([0.0, 1.0, 0.5, 0.2, 0.09, 0.05, 0.04, 0.03, 0.02, 0.01])
+    assert parallel_end(t, parallel, orthogonal) == pytest.approx(0.4)
+    assert parallel_end(t, parallel, orthogonal, share=0.3) == pytest.approx(0.3)
+    orthogonal[4] = 0.01
+    assert parallel_end(t, parallel, orthogonal) == pytest.approx(0.5)
+    assert parallel_end(t, torch.ones(10), orthogonal) is None
+
+
+@pytest.mark.parametrize("call, message", [
+    (lambda m, x, c: layer_effects(m, x, c, times=(0.9, 0.3)), "times=(0.9, 0.3)"), (lambda m, x, c: layer_effects(m, x, c, steps=1), "steps=1"),
+    (lambda m, x, c: fading_layers([]), "effects is empty"), (lambda m, x, c: parallel_end(x, x, x, share=2), "share=2"),
+])
+def test_bad_input_to_the_rules_is_named(call, message):
+    """Times in the wrong order, too few steps, and nothing to choose from are one clear error."""
+    model = random_model(depth=2)
+    with pytest.raises(ValueError) as error:
+        call(model, torch.randn(2, 3, 8, 8, dtype=torch.float64), model.encode(["a", "two"]))
+    assert message in str(error.value)

@@ -4,7 +4,7 @@ import colorsys
 import pytest
 import torch
 
-from experiments.metrics import frechet_distance, mean_ranks, precision_recall_density_coverage, saturation
+from experiments.metrics import ball_radii, frechet_distance, mean_ranks, precision_recall_density_coverage, saturation
 
 
 def two_sets(n=60, m=45, dimensions=6, seed=4):
@@ -212,3 +212,11 @@ def test_bad_arguments_are_named(call, message):
     with pytest.raises(ValueError) as error:
         call()
     assert message in str(error.value)
+
+
+def test_radii_can_be_computed_once():
+    """Radii that are handed in give the same metrics, and a wrong number of them is named."""
+    real, fake = torch.randn(40, 3, generator=torch.Generator().manual_seed(5)), torch.randn(30, 3, generator=torch.Generator().manual_seed(6))
+    assert precision_recall_density_coverage(real, fake, 4, real_radius=ball_radii(real, 4)) == precision_recall_density_coverage(real, fake, 4)
+    with pytest.raises(ValueError, match=r"real_radius has the shape \(30,\)"):
+        precision_recall_density_coverage(real, fake, 4, real_radius=ball_radii(fake, 4))
