@@ -365,7 +365,8 @@ def prepare(settings, model, tokens, null, seed):
     if settings.tau != 1 and settings.queries is None:
         settings = dataclasses.replace(settings, queries=slice(0, model.side**2))  # tau on image tokens: Listing 2
     condition, negative = settings.encode(model.encoder, tokens, null=null)
-    return condition, erg.Guidance(settings, negative, generator=torch.Generator().manual_seed(seed))
+    generator = torch.Generator().manual_seed(1_000_000_007 + seed)  # CADS' noise: another stream than the images'
+    return condition, erg.Guidance(settings, negative, generator=generator)
 
 
 @torch.no_grad()

@@ -1,11 +1,11 @@
 """What each table and figure of the paper runs on a checkpoint of the toy.
 
 An entry is a generator function of a Scale and a checkpoint's name. It yields lists of runs, is sent their rows, and
-returns a dictionary of plain numbers, which report.py turns into Markdown and a figure. So that the driver can put
-the runs of several entries into one queue, an entry never samples by itself; pictures and diagnostics, which take
-seconds, are made by report.py.
+returns a dictionary of plain numbers, which report.py turns into Markdown and a figure. So the driver can put the
+runs of several entries into one queue. Entries that need no such runs, but a look inside the model, are in inside.py.
 """
 import dataclasses
+import statistics
 
 import torch
 
@@ -16,6 +16,7 @@ from experiments.metrics import mean_ranks
 from experiments.runs import METHODS, Run, attribute_words, checkpoint, draw_prompts, measure_real
 from tiny_dit import sample
 
+ABOUT = ("seconds", "hardware", "torch")  # of a row: how it was made
 QUALITY = ("frechet", "precision", "recall", "density", "coverage")
 
 
@@ -23,7 +24,7 @@ QUALITY = ("frechet", "precision", "recall", "density", "coverage")
 class Scale:
     """How much is sampled."""
 
-    images: dict  # a seed, by checkpoint: in the tables
+    images: dict  # a seed, by data set: in the tables
     sweep: dict  # and in the figures
     steps: int
     seeds: tuple  # of what is reported
@@ -32,10 +33,10 @@ class Scale:
     layer_stride: int  # of the layer grid
 
 
-FULL = Scale(images={"digits": 160, "mnist": 128, "cifar10": 512}, sweep={"digits": 80, "mnist": 64, "cifar10": 256},
+FULL = Scale(images={"digits": 160, "mnist": 128, "cifar10": 512}, sweep={"digits": 80, "mnist": 96, "cifar10": 256},
              steps=16, seeds=(0, 1, 2, 3, 4), search_seeds=(1000,), budget=6, layer_stride=1)
 QUICK = Scale(images={"digits": 40, "mnist": 20, "cifar10": 20}, sweep={"digits": 24, "mnist": 20, "cifar10": 20},
-              steps=6, seeds=(0, 1), search_seeds=(1000,), budget=2, layer_stride=4)
+              steps=6, seeds=(0, 1), search_seeds=(1000,), budget=2, layer_stride=2)
 
 # ------------------------------------------------------------------------------------------------
 # Settings
@@ -46,8 +47,13 @@ def depth(name):
     return checkpoint(name)[0].config.depth
 
 
+def dataset(name):
+    """The data set of a checkpoint: "digits" of "digits-early"."""
+    return name.removesuffix("-early")
+
+
 def recipe(name):
-    return train_toy.RECIPES[name.removesuffix("-early")]
+    return train_toy.RECIPES[dataset(name)]
 
 
 def layer_ranges(name):
@@ -85,7 +91,7 @@ def grids(name, task):
         "cads": [dict(w=w, **settings) for w in weights for settings in cads],
         "pag": layered,
         "sag": [dict(w=w, layer=middle, sigma=sigma) for w in (1.25, 1.1, 1.5) for sigma in (1.0, 2.0)],
-        "seg": [dict(p, **(dict(cfg=1.5) if task == "text" else {})) for p in layered],
+        "seg": [dict(p, **(dict(cfg=1.5) if task != "unconditional" else {})) for p in layered],
         "autoguidance": [dict(w=w) for w in (1.5, 1.25, 1.75, 2.0, 2.5, 3.0)],
         "erg": [erg(name, **p) for p in layered],
         "erg+apg": [full_erg(name, w=w, layers=layers) for w in weights for layers in two],
@@ -96,7 +102,7 @@ def grids(name, task):
     return found
 
 
-TABLES = {1: ("text", list(METHODS)[:12]), 2: ("unconditional", ["none", "sag", "pag", "seg", "autoguidance", "erg"]),
+TABLES = {1: ("text", [m for m in METHODS if m not in ("mechanism", "variant")]), 2: ("unconditional", ["none", "sag", "pag", "seg", "autoguidance", "erg"]),
           3: ("class", ["none", "cfg", "pag", "sag", "seg", "erg"])}
 
 
@@ -118,14 +124,14 @@ def over_seeds(scale, name, task, settings, images):
     for label, (method, parameters) in settings.items():
         group = [rows[run] for run in runs[label]]
         result[label] = dict(method=method, parameters=parameters,
-                             values={metric: [row[metric] for row in group] for metric in group[0]})
+                             values={metric: [row[metric] for row in group] for metric in group[0] if metric not in ABOUT})
     return result
 
 
 def search(scale, name, task, methods):
     """Each method's best setting by mean rank (App. A.1) on the search seeds: {label: (method, parameters)}, and all that was tried."""
     candidates = {method: [{}] if method == "none" else grids(name, task)[method][:scale.budget] for method in methods}
-    images = scale.images[name]
+    images = scale.images[dataset(name)]
     runs = {(method, i): [Run(name, task, method, p, seed, images, scale.steps) for seed in scale.search_seeds]
             for method, settings in candidates.items() if len(settings) > 1 for i, p in enumerate(settings)}
     rows = yield [run for group in runs.values() for run in group]
@@ -143,14 +149,19 @@ def search(scale, name, task, methods):
     return chosen, tried
 
 
+def real_images(scale, name, images):
+    """What as many real images would get: {metric: a value a seed}."""
+    rows = [measure_real(name, seed, images) for seed in scale.seeds]
+    return {m: [row[m] for row in rows] for m in QUALITY}
+
+
 def main_table(scale, name, number):
     """Tables 1 to 3: every method at its best setting."""
     task, methods = TABLES[number]
     chosen, tried = yield from search(scale, name, task, methods)
-    rows = yield from over_seeds(scale, name, task, chosen, scale.images[name])
-    real = [measure_real(name, seed, scale.images[name]) for seed in scale.seeds]
-    rows = {"real images": dict(method="real", parameters={}, values={m: [r[m] for r in real] for m in QUALITY}), **rows}
-    return dict(task=task, metrics=metrics_of(task), images=scale.images[name], rows=rows, search=tried)
+    rows = yield from over_seeds(scale, name, task, chosen, scale.images[dataset(name)])
+    images = scale.images[dataset(name)]
+    return dict(task=task, metrics=metrics_of(task), images=images, rows=rows, real=real_images(scale, name, images), search=tried)
 
 
 def table1(scale, name):
@@ -169,9 +180,9 @@ def table3(scale, name):
 
 
 def fixed_table(scale, name, settings, images=None, task="text", **more):
-    images = images or scale.images[name]
+    images = images or scale.images[dataset(name)]
     rows = yield from over_seeds(scale, name, task, settings, images)
-    return dict(task=task, metrics=metrics_of(task), images=images, rows=rows, **more)
+    return dict(task=task, metrics=metrics_of(task), images=images, rows=rows, real=real_images(scale, name, images), **more)
 
 
 def table4(scale, name):
@@ -195,9 +206,10 @@ def table5(scale, name):
 
 
 def table6(scale, name):
-    """Three mechanisms at the same place (layers, kappa, w, null prompt): temperature 0.2, identity, smoothing."""
-    place = dict(w=recipe(name).w, layers=list(range(*recipe(name).layers)), kappa=recipe(name).kappa, negative="null")
-    settings = {"energy smoothing": ("mechanism", dict(place, mechanism="smoothing")),
+    """Three mechanisms at the same place (layers, kappa, w), the negative under the same prompt, so that nothing else guides:
+    temperature 0.2, identity mapping, energy smoothing."""
+    place = dict(w=recipe(name).w, layers=list(range(*recipe(name).layers)), kappa=recipe(name).kappa, negative="same")
+    settings = {"no guidance": ("none", {}), "energy smoothing": ("mechanism", dict(place, mechanism="smoothing")),
                 "identity mapping": ("mechanism", dict(place, mechanism="identity")),
                 "temperature reduction": ("mechanism", dict(place, mechanism="temperature", tau=0.2))}
     return (yield from fixed_table(scale, name, settings))
@@ -209,15 +221,16 @@ def table6(scale, name):
 
 
 def figure2(scale, name):
-    """Pareto fronts of quality, diversity and consistency: APG and ERG + APG over w, tau, alpha and gamma."""
-    changes = [dict(), dict(tau=0.3), dict(alpha=ALPHA), dict(gamma=1.5), dict(tau=0.3, alpha=ALPHA, gamma=1.5)]
+    """Pareto fronts of quality, diversity and consistency: as many settings of APG (w, norm threshold) as of ERG + APG
+    (w; tau, alpha and gamma)."""
     settings = {}
-    for w in (1.5, 3.0):
-        settings[f"APG, w = {w:g}"] = ("apg", dict(w=w))
-        for change in changes[:max(2, scale.budget - 1)]:
-            text = "".join(f", {key} = {value:g}" for key, value in change.items())
-            settings[f"ERG + APG, w = {w:g}{text}"] = ("erg+apg", full_erg(name, w=w, **change))
-    return (yield from fixed_table(scale, name, settings, scale.sweep[name]))
+    for w in (1.5, 2.0, 3.0, 4.0)[:max(2, scale.budget - 2)]:
+        for r in (5.0, 2.0):
+            settings[f"APG, w = {w:g}, r = {r:g}"] = ("apg", dict(w=w, norm_threshold=r))
+        settings[f"ERG + APG, w = {w:g}"] = ("erg+apg", full_erg(name, w=w))
+        changed = dict(tau=0.3, alpha=ALPHA, gamma=1.5)
+        settings[f"ERG + APG, w = {w:g}, tau = 0.3, alpha = {ALPHA:g}, gamma = 1.5"] = ("erg+apg", full_erg(name, w=w, **changed))
+    return (yield from fixed_table(scale, name, settings, scale.sweep[dataset(name)]))
 
 
 TAU_C = (0.01, 0.1, 0.3, 3.0, 10.0)
@@ -230,7 +243,7 @@ def figure4(scale, name):
         settings[f"CFG, w = {w:g}"] = ("cfg", dict(w=w))
         for tau_c in TAU_C:
             settings[f"C-ERG, w = {w:g}, tau_c = {tau_c:g}"] = ("erg", dict(w=w, tau_c=tau_c))
-    return (yield from fixed_table(scale, name, settings, scale.sweep[name]))
+    return (yield from fixed_table(scale, name, settings, scale.sweep[dataset(name)]))
 
 
 def figure8(scale, name):
@@ -240,7 +253,7 @@ def figure8(scale, name):
     for start in range(0, n, scale.layer_stride):
         for end in range(start + scale.layer_stride, n + 1, scale.layer_stride):
             settings[f"{start}:{end}"] = ("erg", i_erg(name, layers=list(range(start, end)), negative="same"))
-    return (yield from fixed_table(scale, name, settings, scale.sweep[name], depth=n))
+    return (yield from fixed_table(scale, name, settings, scale.sweep[dataset(name)], depth=n))
 
 
 KAPPAS = (0.0, 0.2, 0.4, 0.6, 0.8)
@@ -250,7 +263,7 @@ def figure9(scale, name):
     """ERG over kappa; kappa = 1 leaves C-ERG alone."""
     settings = {f"kappa = {kappa:g}": ("erg", full_erg(name, kappa=kappa)) for kappa in KAPPAS}
     settings["kappa = 1"] = ("erg", dict(w=recipe(name).w, tau_c=recipe(name).tau_c))
-    return (yield from fixed_table(scale, name, settings, scale.sweep[name]))
+    return (yield from fixed_table(scale, name, settings, scale.sweep[dataset(name)]))
 
 
 # ------------------------------------------------------------------------------------------------
@@ -259,21 +272,23 @@ def figure9(scale, name):
 
 
 def variants(scale, name):
-    """What might mend ERG's weak point; ERG itself and CFG for comparison, all at the recipe's w."""
-    w, n = recipe(name).w, depth(name)
-    base = full_erg(name)
-    spread = [[layer, 0.3] for layer in range(n)]
+    """What might mend ERG's weak point, as differences from ERG, paired by seed; all at the recipe's w."""
+    w, n, base = recipe(name).w, depth(name), full_erg(name)
+    chosen = base["layers"]
+    beside = [layer for layer in (chosen[0] - 1, chosen[-1] + 1) if 0 <= layer < n]
+    by_layer = [[layer, base["tau"]] for layer in chosen] + [[layer, 0.5] for layer in beside]
     settings = {
-        "no guidance": ("none", {}), "CFG": ("cfg", dict(w=w)), "ERG": ("erg", base), "ERG + APG": ("erg+apg", base),
+        "ERG": ("erg", base), "no guidance": ("none", {}), "CFG": ("cfg", dict(w=w)), "ERG + APG": ("erg+apg", base),
         "w rises from 1": ("variant", dict(base, w=1.0, w_end=2 * w - 1)),
         "w falls to 1": ("variant", dict(base, w=2 * w - 1, w_end=1.0)),
         "window, until t = 0.6": ("variant", dict(base, until=0.6)),
         "late, from t = 0.6": ("erg", dict(base, kappa=0.6)),
         "renormalized": ("variant", dict(base, renormalize=1.0)),
         "milder, tau = 0.3": ("erg", dict(base, tau=0.3)),
-        "tau = 0.3 in all layers": ("variant", dict({k: v for k, v in base.items() if k != "layers"}, taus=spread)),
+        "tau by layer, 0.5 beside": ("variant", dict({k: v for k, v in base.items() if k != "layers"}, taus=by_layer)),
+        "tau = 0.3 in all layers": ("erg", dict(base, tau=0.3, layers=list(range(n)))),
     }
-    return (yield from fixed_table(scale, name, settings))
+    return (yield from fixed_table(scale, name, settings, baseline="ERG"))
 
 
 def suggest(scale, name):
@@ -290,8 +305,8 @@ def suggest(scale, name):
              "the middle third": f"{round(n / 3)}:{round(2 * n / 3)}", "the recipe (found by hand)": f"{r.layers[0]}:{r.layers[1]}"}
     found = {rule: placed(ranges, label) for rule, label in asked.items()}
     found["B.2's rule for kappa"] = placed(thresholds, None if nearest is None else f"kappa = {nearest:g}")
-    return dict(placed=found, evidence=hints, depth=n, images=scale.sweep[name],
-                ranks={label: sum(ranks) / len(ranks) for label, ranks in seed_ranks(ranges).items()}, summary=placed_text(found, hints))
+    return dict(placed=found, evidence=hints, depth=n, images=scale.sweep[dataset(name)],
+                ranks={label: sum(ranks) / len(ranks) for label, ranks in seed_ranks(ranges).items()})
 
 
 def seed_ranks(rows):
@@ -304,21 +319,11 @@ def seed_ranks(rows):
 
 def placed(rows, label):
     """Where a row stands among all rows: its position by mean rank, and the mean ranks of itself, the best and the median."""
-    mean = {name: sum(ranks) / len(ranks) for name, ranks in seed_ranks(rows).items()}
+    ranks = seed_ranks(rows)
+    mean = {name: sum(values) / len(values) for name, values in ranks.items()}
     order = sorted(mean, key=mean.get)
-    middle = sorted(mean.values())[len(mean) // 2]
-    result = dict(label=label, of=len(order), best=order[0], best_rank=mean[order[0]], median_rank=middle)
-    return result if label not in mean else dict(result, position=order.index(label) + 1, mean_rank=mean[label])
-
-
-def placed_text(found, hints):
-    lines = ["| rule | suggests | position in the grid | its mean rank | best of the grid | its mean rank | median mean rank |", "|---" * 7 + "|"]
-    for rule, p in found.items():
-        own = f"{p['position']} of {p['of']} | {p['mean_rank']:.1f}" if "position" in p else "- | -"
-        lines.append(f"| {rule} | {p['label'] or 'nothing'} | {own} | {p['best']} | {p['best_rank']:.1f} | {p['median_rank']:.1f} |")
-    kappa = "never" if hints["kappa"] is None else f"from t = {hints['kappa']:.2f} on"
-    return "\n".join([*lines, "", f"CFG's parallel difference is below a tenth of its peak {kappa}; the suggestion for kappa is the nearest of the grid. "
-                      "Mean ranks are over the six metrics and the seeds; the grid of ranges is figure 8's, that of kappa figure 9's."])
+    result = dict(label=label, of=len(order), best=order[0], best_rank=ranks[order[0]], median_rank=statistics.median(mean.values()))
+    return result if label not in mean else dict(result, position=order.index(label) + 1, rank=ranks[label])
 
 
 def suggestions(name, batch=24, seed=77):

@@ -8,7 +8,7 @@ import torch
 
 import erg
 from experiments import diagnostics, entries, report, runs
-from experiments.statistics import interval
+from experiments.statistics import estimate
 from tiny_dit import sample
 
 
@@ -23,7 +23,7 @@ def batch(name, n, seed, device, task="text"):
 
 
 def row(label, values, digits=4):
-    mean, half = interval(values)
+    mean, half = estimate(values)
     return f"| {label} | {mean:.{digits}f} | " + ("" if len(values) == 1 else f"± {half:.{digits}f}") + " |"
 
 
@@ -75,17 +75,24 @@ def figure6(scale, name, device):
     at = lambda kind, a, b: [sum(c[int(a * steps):int(b * steps)]) / (int(b * steps) - int(a * steps)) for c in curves[kind]]
     lines = ["| part | early, 0.04 <= t < 0.2 | middle, 0.4 <= t < 0.6 | late, 0.8 <= t < 1 |", "|---|---|---|---|"]
     spans = ((0.04, 0.2), (0.4, 0.6), (0.8, 1.0))
-    lines += [f"| {kind} | " + " | ".join(report.number(*interval(at(kind, *span))) for span in spans) + " |" for kind in curves]
+    lines += [f"| {kind} | " + " | ".join(report.number(*estimate(at(kind, *span))) for span in spans) + " |" for kind in curves]
     return dict(t=t.tolist(), values=curves, parts={kind: [at(kind, *span) for span in spans] for kind in curves},
                 summary="\n".join(lines)), dict(t=t.tolist(), curves=curves)
+
+
+def band(ax, x, seeds, style, color, label):
+    """A line of means over seeds, with its 95 % band."""
+    means, halves = zip(*(estimate(values) for values in zip(*seeds)))
+    ax.plot(x, means, style, ms=3, lw=1.4, color=color, label=label)
+    if len(seeds) > 1:
+        ax.fill_between(x, [m - h for m, h in zip(means, halves)], [m + h for m, h in zip(means, halves)], color=color, alpha=0.2, lw=0)
 
 
 def draw6(figure, axes, drawn):
     for line, (name, result) in zip(axes, drawn.items()):
         for ax, part in zip(line, ("parallel", "orthogonal")):
             for method, style in (("CFG", "-"), ("I-ERG", "--")):
-                seeds = torch.tensor(result["curves"][f"{method} {part}"])
-                ax.plot(result["t"], seeds.mean(0), style, lw=1.5, color=report.COLOURS[method], label=method)
+                band(ax, result["t"], result["curves"][f"{method} {part}"], style, report.COLOURS[method], method)
             ax.set_title(f"{name}: {part} part", fontsize=8)
             ax.set_xlabel("t (0 = noise)", fontsize=8)
             ax.set_ylim(0)
@@ -103,19 +110,20 @@ def figure7(scale, name, device):
             layers = diagnostics.attention_certainty(model, path[round(t * steps)], torch.full((32,), t, device=device), condition)
             for kind in ("certain", "relative_entropy"):
                 values.setdefault(f"{kind} at t = {t:g}", []).append([getattr(layer, kind) for layer in layers])
-    mean = {kind: torch.tensor(v).mean(0).tolist() for kind, v in values.items()}
-    n = len(mean["certain at t = 0.3"])
+    at = {kind: [estimate(v) for v in zip(*seeds)] for kind, seeds in values.items()}
+    n = len(at["certain at t = 0.3"])
     lines = ["| layer | " + " | ".join(map(str, range(n))) + " |", "|---" * (n + 1) + "|",
-             "| share above 0.95 | " + " | ".join(f"{v:.3f}" for v in mean["certain at t = 0.3"]) + " |",
-             "| relative entropy | " + " | ".join(f"{v:.2f}" for v in mean["relative_entropy at t = 0.3"]) + " |", "", "At t = 0.3, mean over seeds."]
-    return dict(values=values, summary="\n".join(lines)), mean
+             *(f"| {title} | " + " | ".join(report.number(*v) for v in at[f"{kind} at t = 0.3"]) + " |"
+               for kind, title in (("certain", "share above 0.95"), ("relative_entropy", "relative entropy"))), "", "At t = 0.3, mean ± half the 95 % interval over seeds."]
+    return dict(values=values, summary="\n".join(lines)), values
 
 
 def draw7(figure, axes, drawn):
-    for line, (name, mean) in zip(axes, drawn.items()):
+    for line, (name, values) in zip(axes, drawn.items()):
         for ax, kind, title in zip(line, ("certain", "relative_entropy"), ("share of rows above 0.95", "entropy / log(tokens)")):
             for t, c in ((0.1, "#56B4E9"), (0.3, "#D55E00"), (0.6, "#3B3B6D")):
-                ax.plot(mean[f"{kind} at t = {t:g}"], "o-", ms=3, lw=1.3, color=c, label=f"t = {t:g}")
+                seeds = values[f"{kind} at t = {t:g}"]
+                band(ax, range(len(seeds[0])), seeds, "o-", c, f"t = {t:g}")
             ax.set_title(f"{name}: {title}", fontsize=8)
             ax.set_xlabel("layer", fontsize=8)
             ax.set_ylim(0)
@@ -186,13 +194,16 @@ def figure16(scale, name, device):
 def draw16(figure, axes, drawn):
     for column, (name, images) in enumerate(drawn.items()):
         for i, (label, x) in enumerate(images.items()):
-            show(axes[i, column], x, name if i == 0 else None, label if column == 0 else None)
+            show(axes[i, column], x, name if i == 0 else None, label)
+        for ax in axes[len(images):, column]:  # another checkpoint has more layers
+            ax.set_axis_off()
 
 
 ENTRIES = dict(figure5=figure5, figure6=figure6, figure7=figure7, figure15=figure15, figure16=figure16)
-LAYOUT = {  # drawing function, and the grid of panels for n checkpoints: rows, columns, width and height of a panel
-    "figure5": (draw5, lambda n: (n, 2, 3.2, 2.2)), "figure6": (draw6, lambda n: (n, 2, 3.2, 2.2)), "figure7": (draw7, lambda n: (n, 2, 3.2, 2.2)),
-    "figure15": (draw15, lambda n: (5 * n, 5, 1.5, 1.6)), "figure16": (draw16, lambda n: (7, n, 4.2, 1.5)),
+LAYOUT = {  # drawing function, and the grid of panels for what is drawn: rows, columns, width and height of a panel
+    "figure5": (draw5, lambda drawn: (len(drawn), 2, 3.2, 2.2)), "figure6": (draw6, lambda drawn: (len(drawn), 2, 3.2, 2.2)),
+    "figure7": (draw7, lambda drawn: (len(drawn), 2, 3.2, 2.2)), "figure15": (draw15, lambda drawn: (5 * len(drawn), 5, 1.5, 1.6)),
+    "figure16": (draw16, lambda drawn: (max(map(len, drawn.values())), len(drawn), 4.2, 1.5)),
 }
 
 
@@ -204,7 +215,7 @@ def run(name, record, scale, weights, device):
         record["checkpoints"][checkpoint], drawn[checkpoint] = ENTRIES[name](scale, checkpoint, device)
     record["minutes"] = (time.perf_counter() - began) / 60
     draw, layout = LAYOUT[name]
-    figure, axes = report.canvas(*layout(len(weights)))
+    figure, axes = report.canvas(*layout(drawn))
     draw(figure, axes, drawn)
     figure.suptitle(record["title"], fontsize=9)
     return record, figure

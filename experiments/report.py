@@ -5,7 +5,7 @@ Colours are the same for a method everywhere, and told apart by the colour-blind
 import math
 
 from experiments.metrics import BETTER
-from experiments.statistics import difference, interval, winners
+from experiments.statistics import difference, estimate, judge, winners
 
 COLOURS = {"real images": "#000000", "no guidance": "#7f7f7f", "CFG": "#0072B2", "CFG, interval": "#56B4E9", "APG": "#009E73",
            "CADS": "#8DA0CB", "PAG*": "#B79F00", "SAG*": "#A65628", "SEG*": "#66A61E", "AutoGuidance": "#3B3B6D",
@@ -25,9 +25,11 @@ def colour(label, i=0):
 
 
 def number(mean, half, signed=False):
-    digits = 2 if abs(mean) >= 1 else 3
+    """"1.23 ± 0.45", with two digits of the half width, or the mean alone where it is unknown or next to zero."""
+    known = 1e-6 < half < math.inf
+    digits = min(4, max(1, 1 - math.floor(math.log10(half)))) if known else 3
     text = f"{mean:+.{digits}f}" if signed else f"{mean:.{digits}f}"
-    return text if math.isinf(half) else f"{text} ± {half:.{digits}f}"
+    return f"{text} ± {half:.{digits}f}" if known else text
 
 
 def setting_text(parameters):
@@ -51,57 +53,86 @@ def setting_text(parameters):
 
 def table(result):
     """A table of means and intervals over seeds, or of differences from the baseline, in Markdown."""
-    metrics, rows = result["metrics"], result["rows"]
-    extra = [m for m in ("saturation", "nfe") if all(m in row["values"] for row in rows.values() if row["method"] != "real")]
-    baseline = result.get("baseline")
+    metrics, rows, baseline = result["metrics"], result["rows"], result.get("baseline")
+    extra = [m for m in ("saturation", "nfe") if all(m in row["values"] for row in rows.values())]
     lines = ["| | " + " | ".join(f"{TITLES.get(m, m)} {ARROW[BETTER[m]]}" for m in metrics)
              + "".join(f" | {m}" for m in extra) + " | settings |",
              "|---" * (len(metrics) + len(extra) + 2) + "|"]
-    best = {m: winners({label: row["values"][m] for label, row in rows.items() if row["method"] != "real" and m in row["values"]},
-                       BETTER[m]) for m in metrics}
+    if "real" in result:
+        cells = [number(*estimate(result["real"][m])) if m in result["real"] else "" for m in [*metrics, *extra]]
+        lines.append("| *real images* | " + " | ".join(cells) + " | |")
+    best = {m: set() if baseline else winners({label: row["values"][m] for label, row in rows.items()}, BETTER[m]) for m in metrics}
     for label, row in rows.items():
         cells = []
         for m in [*metrics, *extra]:
-            if m not in row["values"]:
-                cells.append("")
-            elif m == "nfe":
-                cells.append(f"{interval(row['values'][m])[0]:.2f}")
+            values = row["values"][m]
+            if m == "nfe":
+                cells.append(f"{estimate(values)[0]:.2f}")
             elif baseline and label != baseline:
-                mean, half = difference(row["values"][m], rows[baseline]["values"][m])
-                cells.append(number(mean, half, signed=True))
+                change = difference(values, rows[baseline]["values"][m])
+                text = number(*change, signed=True)
+                cells.append(f"**{text}**" if m in metrics and judge(*change) != "undecided" else text)
             else:
-                text = number(*interval(row["values"][m]))
+                text = number(*estimate(values))
                 cells.append(f"**{text}**" if label in best.get(m, ()) else text)
         lines.append(f"| {label} | " + " | ".join(cells) + f" | {setting_text(row['parameters'])} |")
     return "\n".join(lines)
 
 
 def searched(result):
-    """What was tried for each method, in one line each."""
+    """What was tried for each method, in one line each; a best w at the end of what was tried is marked."""
     lines = []
     for label, tried in result.get("search", {}).items():
         order = sorted(tried, key=lambda row: row["mean_rank"])
-        lines.append(f"- {label}: " + "; ".join(f"{setting_text(row['parameters'])} (mean rank {row['mean_rank']:.1f})" for row in order))
+        weights = [row["parameters"]["w"] for row in tried]
+        edge = order[0]["parameters"]["w"] in (min(weights), max(weights)) and len(set(weights)) > 1
+        lines.append(f"- {label}{' (best w at the edge of its grid)' if edge else ''}: "
+                     + "; ".join(f"{setting_text(row['parameters'])} (mean rank {row['mean_rank']:.1f})" for row in order))
     return "\n".join(lines)
+
+
+def placed(result):
+    """The table of where suggested layers and kappa stand in the whole grid."""
+    lines = ["| rule | suggests | position in the grid | its mean rank | best of the grid | its mean rank | median mean rank |", "|---" * 7 + "|"]
+    for rule, p in result["placed"].items():
+        own = f"{p['position']} of {p['of']} | {number(*estimate(p['rank']))}" if "position" in p else "- | -"
+        lines.append(f"| {rule} | {p['label'] or 'nothing'} | {own} | {p['best']} | {number(*estimate(p['best_rank']))} | {p['median_rank']:.1f} |")
+    at = result["evidence"]["kappa"]
+    return "\n".join([*lines, "", "CFG's parallel difference is below a tenth of its peak " + ("never" if at is None else f"from t = {at:.2f} on")
+                      + "; the suggestion for kappa is the nearest of the grid. Mean ranks are over the six metrics, ± half the 95 % interval over "
+                      "seeds; the grid of ranges is figure 8's, that of kappa figure 9's."])
+
+
+RUNS_TEXT = """{steps} Euler steps; {seeds} seeds of {images} images each; mean ± half the 95 % interval over seeds (Student's t). {bold}
+Frechet distances of so few images are biased upwards, less for samples with less diversity; coverage, with far fewer
+images than the {reference} real ones, is close to a function of density; recall is near its ceiling. The row of real
+images is what a perfect model would get."""
+BOLD = "Bold: better than every other row beyond the 95 % interval of the difference, paired by seed."
+BOLD_DIFFERENCES = "Rows are differences from {baseline}, paired by seed; bold where the interval excludes 0."
+REFERENCE = {"digits": "1,437"}
 
 
 def markdown(name, record, text):
     """The page of one entry: what it is, how it was made, and a section for each checkpoint."""
-    scale, lines = record["scale"], [f"# {record['title']}", "", text, "", f"![{name}]({name}.png)", "",
+    scale, text = record["scale"], " ".join(text.split())
+    lines = [f"# {record['title']}", "", text, "", f"![{name}]({name}.png)", "",
              f"`{record['command']}` · {record['minutes']:.1f} minutes of sampling, summed over processes · "
              f"{record['hardware']} · torch {record['torch']}", ""]
     for checkpoint, result in record["checkpoints"].items():
         lines += [f"## {checkpoint}", ""]
         if "rows" in result:
-            lines += [f"{scale['steps']} Euler steps; {len(scale['seeds'])} seeds of {result['images']} images each; mean ± half the "
-                      "95 % interval over seeds (Student's t); bold: better than every other row beyond the 95 % interval of "
-                      "the difference, paired by seed. Frechet distances of so few images are biased upwards, for all rows alike.", ""]
-            lines += [f"The weights are compared with: {result['baseline']}; the other rows are differences.", ""] if result.get("baseline") else []
-            lines += [result["note"], ""] if result.get("note") else []
-            lines += [table(result), ""]
+            baseline = result.get("baseline")
+            lines += [RUNS_TEXT.format(steps=scale["steps"], seeds=len(scale["seeds"]), images=result["images"],
+                                       reference=REFERENCE.get(checkpoint.removesuffix("-early"), "5,000"),
+                                       bold=BOLD_DIFFERENCES.format(baseline=baseline) if baseline else BOLD), "", table(result), ""]
         if result.get("search"):
-            lines += ["<details><summary>All settings that were tried, best mean rank first "
-                      f"(search seeds {', '.join(map(str, scale['search_seeds']))})</summary>", "", searched(result), "", "</details>", ""]
+            seeds = ", ".join(map(str, scale["search_seeds"]))
+            lines += [f"Each method could try {scale['budget']} settings, and is shown with the one of the best mean rank (App. A.1) on another "
+                      f"seed ({seeds}). The recipe's layers, which PAG*, SEG* and ERG may all use, and ERG's tau and kappa come from an earlier "
+                      "scan by hand, which is a head start for these methods.", "",
+                      "<details><summary>All settings that were tried, best mean rank first</summary>", "", searched(result), "", "</details>", ""]
+        if "placed" in result:
+            lines += [placed(result), ""]
         if "summary" in result:
             lines += [result["summary"], ""]
     return "\n".join(lines).rstrip() + "\n"
@@ -123,7 +154,7 @@ def canvas(rows, columns, width, height):
 
 
 def dots(record):
-    """A row of panels for each checkpoint: a dot and a 95 % interval for each label, a panel a metric."""
+    """A row of panels for each checkpoint, a panel a metric: a dot and a 95 % interval for each label; dotted: real images."""
     results = record["checkpoints"]
     metrics = next(iter(results.values()))["metrics"]
     height = max(1.6, 0.22 * max(len(r["rows"]) for r in results.values()) + 0.7)
@@ -134,8 +165,10 @@ def dots(record):
             for i, label in enumerate(labels):
                 values = result["rows"][label]["values"].get(metric)
                 if values:
-                    mean, half = interval(values)
+                    mean, half = estimate(values)
                     ax.errorbar(mean, -i, xerr=None if math.isinf(half) else half, fmt="o", ms=4, lw=1.2, capsize=2, color=colour(label, i))
+            if metric in result["real"]:
+                ax.axvline(estimate(result["real"][metric])[0], ls=":", lw=0.9, color="black")
             ax.set_yticks([-i for i in range(len(labels))], labels if ax is line[0] else [""] * len(labels), fontsize=7)
             ax.set_title(f"{TITLES.get(metric, metric)} {ARROW[BETTER[metric]]}", fontsize=8)
             ax.grid(axis="x", lw=0.3)
@@ -151,7 +184,7 @@ def series(record, curves, xlabel, logx=False):
     for line, (name, result) in zip(axes, results.items()):
         lines, levels = curves(result)
         for ax, metric in zip(line, metrics):
-            value = lambda label: interval(result["rows"][label]["values"][metric])
+            value = lambda label: estimate(result["rows"][label]["values"][metric])
             for i, (curve, points) in enumerate(lines.items()):
                 xs, (means, halves) = [x for x, _ in points], zip(*(value(label) for _, label in points))
                 c = ("#D55E00", "#7B3294", "#0072B2")[i % 3]
@@ -179,17 +212,19 @@ def figure2(record):
     pairs = [("density", "coverage"), ("density", "prompt"), ("coverage", "prompt")]
     figure, axes = canvas(len(record["checkpoints"]), 3, 3.2, 2.8)
     for line, (name, result) in zip(axes, record["checkpoints"].items()):
+        weights = sorted({row["parameters"]["w"] for row in result["rows"].values()})
         for ax, (mx, my) in zip(line, pairs):
-            points = []
+            points, named = [], set()
             for label, row in result["rows"].items():
-                (x, hx), (y, hy) = interval(row["values"][mx]), interval(row["values"][my])
-                points.append((x, y, label))
-                w = row["parameters"]["w"]
-                c = {1.5: "#56B4E9", 3.0: "#D55E00"}[w]
-                own = row["method"] == "apg"
+                (x, hx), (y, hy) = estimate(row["values"][mx]), estimate(row["values"][my])
+                points.append((x, y))
+                own, w = row["method"] == "apg", row["parameters"]["w"]
+                c = ("#56B4E9", "#009E73", "#E69F00", "#D55E00")[weights.index(w) % 4]
+                short = f"{'APG' if own else 'ERG + APG'}, w = {w:g}"
                 known = not math.isinf(hx)
-                ax.errorbar(x, y, xerr=hx if known else None, yerr=hy if known else None, fmt="X" if own else "o", ms=8 if own else 4, lw=0.5, color=c, mec="black" if own else c,
-                            label=f"{'APG' if own else 'ERG + APG'}, w = {w:g}" if ax is line[2] and (own or label.count(",") == 1) else None)
+                ax.errorbar(x, y, xerr=hx if known else None, yerr=hy if known else None, fmt="X" if own else "o", ms=8 if own else 5,
+                            lw=0.5, color=c, mec="black" if own else c, label=None if short in named else short)
+                named.add(short)
             front = pareto_front(points)
             ax.plot([p[0] for p in front], [p[1] for p in front], "--", lw=1, color="black")
             ax.set_xlabel(mx, fontsize=8)
@@ -218,7 +253,7 @@ def figure9(record):
 
 
 def figure8(record):
-    """Maps over the first and last layer of the range, as differences from no guidance."""
+    """Maps over the first and last layer of the range, as gains over no guidance; a dot where the interval excludes 0."""
     results = record["checkpoints"]
     metrics = next(iter(results.values()))["metrics"]
     figure, axes = canvas(len(results), len(metrics), 2.3, 2.2)
@@ -231,6 +266,8 @@ def figure8(record):
                     start, end = map(int, label.split(":"))
                     mean, half = difference(row["values"][metric], result["rows"]["no guidance"]["values"][metric])
                     grid[end - 1][start] = mean if BETTER[metric] == "higher" else -mean
+                    if judge(mean, half) != "undecided":
+                        ax.plot(start, end - 1, ".", ms=2.5, color="black")
             limit = max(abs(v) for row in grid for v in row if not math.isnan(v)) or 1
             image = ax.imshow(grid, cmap="RdBu", vmin=-limit, vmax=limit, origin="lower")
             figure.colorbar(image, ax=ax, shrink=0.7).ax.tick_params(labelsize=6)

@@ -41,7 +41,7 @@ def arguments():
     add("names", nargs="+", metavar="NAME", help=f"one or more of {', '.join(ENTRIES)}, claims, or all")
     add("--quick", action="store_true", help="digits alone, few images, two seeds: a try of the whole machinery, not a result")
     add("--weights", nargs="+", metavar="CHECKPOINT", help=f"of {', '.join(shipped)}; default: all but the early ones")
-    add("--out", help="folder for what is written (default: experiments/results, with --quick out/quick)")
+    add("--out", help="folder for what is written (default: experiments/results; out/quick with --quick, out/results with --weights)")
     add("--cache", default=str(runs.CACHE), help="folder of the finished runs")
     add("--device", choices=("cuda", "mps", "cpu"), help="chosen automatically when not given")
     return parser
@@ -51,15 +51,15 @@ def chosen_weights(options):
     """The checkpoints to run on; a clear error for one that is not there."""
     shipped = sorted(file.stem for file in train_toy.WEIGHTS.glob("*.pt"))
     names = options.weights or (["digits"] if options.quick else [n for n in data.NAMES if n in shipped])
+    if not names:
+        raise ValueError(f"there are no weights under {train_toy.WEIGHTS}; train some with train_toy.py")
     for name in names:
         if name not in shipped:
             raise ValueError(f"--weights {name} must be one of {', '.join(shipped)}")
+        compares = {"all", "table1", "table2"} & set(options.names)
+        if compares and f"{name}-early" not in shipped:
+            raise ValueError(f"--weights {name}: {', '.join(sorted(compares))} need {name}-early.pt for AutoGuidance, which is not there")
     return names
-
-
-def hardware(device):
-    world = dist.get_world_size() if dist.is_initialized() else 1
-    return f"{world} process{'es' * (world > 1)} with {train_toy.describe(device)}"
 
 
 def command(argv):
@@ -84,20 +84,21 @@ def main(argv):
         if name not in known:
             raise ValueError(f"NAME={name!r} must be one of {', '.join(known)}")
     weights = chosen_weights(options)
-    out = Path(options.out or (runs.ROOT / "out" / "quick" if options.quick else RESULTS))
+    partial = runs.ROOT / "out" / ("quick" if options.quick else "results")
+    out = Path(options.out or (partial if options.quick or options.weights else RESULTS))
+    data.write_whole(out / ".writable", lambda file: None)  # a folder that cannot be written to shows now
+    (out / ".writable").unlink(missing_ok=True)
     scale = entries.QUICK if options.quick else entries.FULL
     names = [name for name in ENTRIES if name in options.names or "all" in options.names]
-    runs.start_processes()
     device = train_toy.choose_device(options.device)
-    if device.type == "cpu" and dist.is_initialized():
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // dist.get_world_size()))
-    seconds, used, rounds = {}, {}, []
+    runs.start_processes(device)
+    made, used, rounds = {}, {}, []
 
     def collect(wishes):
         rounds.append(1)
         rows = runs.collect([run for wanted in wishes.values() for run in wanted], options.cache, device,
                             title=f"round {len(rounds)}")
-        seconds.update({run.key: row["seconds"] for run, row in rows.items()})
+        made.update({run.key: row for run, row in rows.items()})
         for key, wanted in wishes.items():
             used.setdefault(key, set()).update(run.key for run in wanted)
         return {key: {run: rows[run] for run in wanted} for key, wanted in wishes.items()}
@@ -107,14 +108,17 @@ def main(argv):
     results = entries.advance(generators, collect)
     first = not dist.is_initialized() or dist.get_rank() == 0
     for name in names if first else []:
-        record = dict(name=name, title=TITLES[name], command=command(argv), hardware=hardware(device), torch=str(torch.__version__),
+        record = dict(name=name, title=TITLES[name], command=command(argv),
                       scale=dict(steps=scale.steps, seeds=scale.seeds, search_seeds=scale.search_seeds, budget=scale.budget))
         if name in entries.RUN_ENTRIES:
             record["checkpoints"] = {w: results[name, w] for w in weights}
             keys = set().union(*(used[name, w] for w in weights))
-            record["minutes"] = sum(seconds[key] for key in keys) / 60
+            record["minutes"] = sum(made[key]["seconds"] for key in keys) / 60
+            for about in ("hardware", "torch"):  # of the runs, not of this call, which may have found all in the cache
+                record[about] = "; ".join(sorted({made[key][about] for key in keys}))
             figure = report.draw(name, record)
         else:
+            record.update(hardware=f"1 process with {train_toy.describe(device)}", torch=str(torch.__version__))
             record, figure = inside.run(name, record, scale, weights, device)
         write(out, name, record, figure)
         print(f"{TITLES[name]}: {record['minutes']:.1f} minutes of sampling -> {out / name}.md", flush=True)

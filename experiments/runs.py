@@ -151,6 +151,8 @@ class Run:
     @functools.cached_property
     def key(self):
         state = dict(dataclasses.asdict(self), version=VERSION, digest=weights_digest(self.weights))
+        if "cads" in self.method:
+            state["noise"] = "its own stream"
         if self.method == "autoguidance":
             state["weak"] = weights_digest(f"{self.weights}-early")
         return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()[:24]
@@ -173,9 +175,9 @@ def weights_digest(name):
 
 @functools.cache
 def checkpoint(name, device="cpu"):
-    """(model, classifier, reference features) of a shipped checkpoint."""
-    model, classifier, reference, _ = train_toy.load_checkpoint(weights_file(name), device)
-    return model.requires_grad_(False), classifier.requires_grad_(False), reference.cpu()
+    """(model, classifier, reference features) of a shipped checkpoint; only the model is on `device`."""
+    model, classifier, reference, _ = train_toy.load_checkpoint(weights_file(name))
+    return model.to(device).requires_grad_(False), classifier.requires_grad_(False), reference
 
 
 def attribute_words(model):
@@ -229,10 +231,10 @@ def compute(run, device="cpu"):
             counter.remove()
     with torch.no_grad():
         features = train_toy.features_of(classifier, x)
-        outputs = classifier.heads(features.to(device)).split(classifier.classes, dim=1)
+        outputs = classifier.heads(features).split(classifier.classes, dim=1)
     row = dict(measure(run.weights, features), saturation=saturation(x),
                nfe=sum(evaluations) / (run.images * run.steps))
-    right = torch.stack([y.argmax(1).cpu() for y in outputs], dim=1) == attributes  # (n, A)
+    right = torch.stack([y.argmax(1) for y in outputs], dim=1) == attributes  # (n, A)
     if run.task == "text":
         row.update({name: right[:, i].double().mean().item() for i, name in enumerate(attribute_words(model))})
         row["prompt"] = right.all(1).double().mean().item()
@@ -277,29 +279,38 @@ def read(run, cache):
 def collect(runs, cache=CACHE, device=None, title="runs"):
     """{run: row} for all runs. What is not in the cache is computed and stored, so that a stopped call goes on.
 
-    Under torchrun every process computes its share; all must call this with the same runs.
+    Under torchrun every process computes its share; all must call this with the same runs, and share the cache's disk.
     """
-    cache = Path(cache)
-    runs = list(dict.fromkeys(runs))
+    cache, runs = Path(cache), list(dict.fromkeys(runs))
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    missing = [run for run in runs if read(run, cache) is None]
-    if world > 1:
-        dist.barrier()  # all have looked before any writes
     device = device or train_toy.choose_device()
-    if missing and device.type == "cpu" and world > 1:
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // world))
-    for run in tqdm(missing[rank::world], desc=title, unit="run", disable=rank > 0):
-        row = compute(run, device)
-        record = dict(dataclasses.asdict(run), row=row)
+    missing = [[i for i, run in enumerate(runs) if read(run, cache) is None]]
+    if world > 1:
+        dist.broadcast_object_list(missing)  # the first process has looked for all
+    hardware = f"{world} process{'es' if world > 1 else ''} with {train_toy.describe(device)}"
+    for i in tqdm(missing[0][rank::world], desc=title, unit="run", disable=rank > 0):
+        run = runs[i]
+        try:
+            row = compute(run, device)
+        except (ValueError, RuntimeError) as error:
+            raise RuntimeError(f"{run}: {error}") from error
+        record = dict(dataclasses.asdict(run), row=dict(row, hardware=hardware, torch=str(torch.__version__)))
         data.write_whole(cache / f"{run.key}.json", lambda file: file.write(json.dumps(record).encode()))
     if world > 1:
         dist.barrier()
-    return {run: read(run, cache) for run in runs}
+    rows = {run: read(run, cache) for run in runs}
+    lost = [run for run, row in rows.items() if row is None]
+    if lost:
+        raise RuntimeError(f"{len(lost)} runs are not in {cache}, which all processes must share, for example {lost[0]}")
+    return rows
 
 
-def start_processes():
-    """Join the other processes of torchrun, if there are any."""
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
-        if torch.cuda.is_available():
-            torch.cuda.set_device(train_toy.choose_device())
+def start_processes(device):
+    """Join the other processes of torchrun, if there are any, and share the processor's cores with them."""
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    if world > 1 and not dist.is_initialized():
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        else:
+            torch.set_num_threads(max(1, (os.cpu_count() or 1) // world))
         dist.init_process_group("gloo", timeout=timedelta(hours=12))

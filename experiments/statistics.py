@@ -1,11 +1,32 @@
 """Means over seeds with 95 % intervals (Student's t), and comparisons that are paired by seed."""
+import functools
 import math
 
-T975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131)
+
+@functools.cache
+def t_quantile(p, dof):
+    """The p-quantile (p > 1/2) of Student's t with `dof` degrees of freedom, by Simpson's rule and bisection."""
+    if not 0.5 < p < 1 or dof < 1:
+        raise ValueError(f"p={p!r} must lie between 0.5 and 1, and dof={dof!r} be at least 1")
+    # with x = sqrt(dof) tan(a), the density becomes a power of the cosine, and the integral is over a finite range
+    constant = math.exp(math.lgamma((dof + 1) / 2) - math.lgamma(dof / 2)) / math.sqrt(math.pi)
+
+    def above_half(angle, n=400):
+        h = angle / n
+        return constant * h / 3 * sum((1 if i in (0, n) else 4 if i % 2 else 2) * math.cos(i * h)**(dof - 1) for i in range(n + 1))
+
+    low, high = 0.0, math.pi / 2
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if above_half(middle) < p - 0.5 else (low, middle)
+    return math.sqrt(dof) * math.tan(low)
 
 
-def interval(values):
-    """(mean, half the width of its 95 % interval) of independent values; the width of a single one is unknown: inf."""
+def estimate(values, comparisons=1):
+    """(mean, half the width of its 95 % interval) of independent values; the width of a single one is unknown: inf.
+
+    With several `comparisons` the interval is Bonferroni's, which covers all of them together.
+    """
     values = [float(v) for v in values]
     if not values or not all(map(math.isfinite, values)):
         raise ValueError(f"values={values!r} must be finite numbers, at least one")
@@ -13,21 +34,23 @@ def interval(values):
     if n == 1:
         return mean, math.inf
     variance = sum((v - mean)**2 for v in values) / (n - 1)
-    quantile = T975[n - 2] if n - 2 < len(T975) else 1.96 + 2.4 / (n - 1)
-    return mean, quantile * math.sqrt(variance / n)
+    return mean, t_quantile(1 - 0.025 / comparisons, n - 1) * math.sqrt(variance / n)
 
 
-def difference(a, b):
+def difference(a, b, comparisons=1):
     """(mean, half width) of a - b, paired by seed."""
     if len(a) != len(b):
         raise ValueError(f"{len(a)} and {len(b)} values cannot be paired")
-    return interval([x - y for x, y in zip(a, b)])
+    return estimate([x - y for x, y in zip(a, b)], comparisons)
 
 
-def verdict(a, b, better="higher"):
-    """Whether a beats b: "holds" or "does not hold" (b beats a) where the paired interval excludes 0, else "undecided"."""
-    mean, half = difference(a, b)
-    mean = -mean if better == "lower" else mean
+def gain(a, b, better="higher", comparisons=1):
+    """(mean, half width) of how much better a is than b, paired by seed."""
+    return difference(b, a, comparisons) if better == "lower" else difference(a, b, comparisons)
+
+
+def judge(mean, half):
+    """Of a number that a claim says is positive: "holds" above its interval, "does not hold" below, else "undecided"."""
     return "holds" if mean > half else "does not hold" if mean < -half else "undecided"
 
 
@@ -37,4 +60,4 @@ def winners(values, better):
         return set()
     order = sorted(values, key=lambda label: sum(values[label]) / len(values[label]), reverse=better == "higher")
     best = order[0]
-    return {best} if all(verdict(values[best], values[other], better) == "holds" for other in order[1:]) else set()
+    return {best} if all(judge(*gain(values[best], values[other], better)) == "holds" for other in order[1:]) else set()

@@ -9,10 +9,10 @@ import torch
 import train_toy
 from experiments import claims, entries, inside, report, reproduce, runs
 from experiments.metrics import BETTER
-from experiments.statistics import difference, interval, verdict, winners
+from experiments.statistics import difference, estimate, gain, judge, t_quantile, winners
 
 RESULTS = Path(__file__).resolve().parent.parent / "experiments" / "results"
-TINY = entries.Scale(images={"digits": 8}, sweep={"digits": 8}, steps=2, seeds=(0, 1), search_seeds=(1000,), budget=2, layer_stride=4)
+TINY = entries.Scale(images={"digits": 8}, sweep={"digits": 8}, steps=2, seeds=(0, 1), search_seeds=(1000,), budget=2, layer_stride=2)
 
 
 def small_run(method="cfg", parameters=None, seed=0, images=8, steps=2, task="text", weights="digits"):
@@ -26,9 +26,23 @@ def small_run(method="cfg", parameters=None, seed=0, images=8, steps=2, task="te
 
 def test_the_interval_is_students():
     """For 1, 2, 3, 4, 5 the mean is 3, s = sqrt(2.5), and the half width 2.776 s / sqrt(5); a constant has width 0."""
-    mean, half = interval([1, 2, 3, 4, 5])
-    assert mean == 3 and half == pytest.approx(2.776 * math.sqrt(2.5 / 5))
-    assert interval([2.0, 2.0, 2.0]) == (2.0, 0.0) and interval([7])[1] == math.inf
+    mean, half = estimate([1, 2, 3, 4, 5])
+    assert mean == 3 and half == pytest.approx(2.77645 * math.sqrt(2.5 / 5), rel=1e-5)
+    assert estimate([2.0, 2.0, 2.0]) == (2.0, 0.0) and estimate([7])[1] == math.inf
+
+
+def test_quantiles_of_students_t():
+    """Tabulated values, and the normal's for many degrees of freedom."""
+    table = {(0.975, 1): 12.7062, (0.975, 4): 2.77645, (0.995, 4): 4.60409, (0.95, 9): 1.83311, (0.975, 5000): 1.96044}
+    for (p, dof), value in table.items():
+        assert t_quantile(p, dof) == pytest.approx(value, rel=1e-5)
+    with pytest.raises(ValueError, match="p=1.5"):
+        t_quantile(1.5, 3)
+
+
+def test_several_comparisons_widen_the_interval():
+    """Bonferroni's interval of m comparisons is the one at 1 - 0.05 / m."""
+    assert estimate([1, 2, 3, 4, 5], 10)[1] == pytest.approx(t_quantile(0.9975, 4) * math.sqrt(2.5 / 5))
 
 
 def test_the_interval_covers_the_mean_in_95_of_100():
@@ -36,7 +50,7 @@ def test_the_interval_covers_the_mean_in_95_of_100():
     generator = torch.Generator().manual_seed(0)
     for n in (2, 5, 40):
         draws = torch.randn(4000, n, generator=generator, dtype=torch.float64).tolist()
-        covered = sum(abs(mean) <= half for mean, half in map(interval, draws)) / len(draws)
+        covered = sum(abs(mean) <= half for mean, half in map(estimate, draws)) / len(draws)
         assert covered == pytest.approx(0.95, abs=0.012)
 
 
@@ -45,6 +59,7 @@ def test_pairing_removes_what_seeds_share():
     base = [0.0, 10.0, -7.0, 3.0, 30.0]
     better = [v + 0.1 + 0.001 * i for i, v in enumerate(base)]
     assert difference(better, base)[0] == pytest.approx(0.102)
+    verdict = lambda *args: judge(*gain(*args))
     assert verdict(better, base) == "holds" and verdict(base, better) == "does not hold"
     assert verdict(better, base, "lower") == "does not hold" and verdict(base, base) == "undecided"
     assert winners({"a": base, "b": better}, "higher") == {"b"} and winners({"a": base, "b": better}, "lower") == {"a"}
@@ -52,7 +67,7 @@ def test_pairing_removes_what_seeds_share():
 
 
 @pytest.mark.parametrize("call, message", [
-    (lambda: interval([]), "values=[]"), (lambda: interval([1, math.nan]), "nan"), (lambda: difference([1], [1, 2]), "1 and 2 values"),
+    (lambda: estimate([]), "values=[]"), (lambda: estimate([1, math.nan]), "nan"), (lambda: difference([1], [1, 2]), "1 and 2 values"),
 ])
 def test_bad_values_are_named(call, message):
     """Empty, infinite and unequal lists are one clear error."""
@@ -209,9 +224,9 @@ def test_the_search_takes_the_best_mean_rank_and_reports_other_seeds():
 
     rounds, result = drive(entries.table1(entries.FULL, "digits"), score)
     assert len(rounds) == 2 and {run.seed for run in rounds[0]} == {1000} and {run.seed for run in rounds[1]} == {0, 1, 2, 3, 4}
-    assert len(result["rows"]) == 13
+    assert len(result["rows"]) == 12
     for label, row in result["rows"].items():
-        if row["method"] not in ("none", "real"):
+        if row["method"] != "none":
             tried = [p["parameters"]["w"] for p in result["search"][label]]
             assert row["parameters"]["w"] == min(tried, key=lambda w: abs(w - 2)), label
     assert min(result["search"]["CFG"], key=lambda row: row["mean_rank"])["parameters"] == {"w": 2.0}
@@ -259,12 +274,13 @@ def test_every_entry_is_named_and_drawn():
 
 
 def test_bold_marks_only_what_the_interval_supports():
-    """A clear winner is bold, two that cannot be told apart are not, and real images never are."""
-    rows = {"real images": dict(method="real", parameters={}, values=dict(density=[9.0, 9.1])),
-            "CFG": dict(method="cfg", parameters=dict(w=2.0), values=dict(density=[1.0, 1.1, 1.2], recall=[0.5, 0.6, 0.7], saturation=[0.1] * 3, nfe=[2.0] * 3)),
+    """A clear winner is bold, two that cannot be told apart are not; of differences, those that the interval sets off from 0."""
+    rows = {"CFG": dict(method="cfg", parameters=dict(w=2.0), values=dict(density=[1.0, 1.1, 1.2], recall=[0.5, 0.6, 0.7], saturation=[0.1] * 3, nfe=[2.0] * 3)),
             "ERG": dict(method="erg", parameters=dict(w=2.0, layers=[2, 3]), values=dict(density=[2.0, 2.1, 2.2], recall=[0.6, 0.5, 0.7], saturation=[0.2] * 3, nfe=[2.0] * 3))}
-    text = report.table(dict(metrics=["density", "recall"], rows=rows))
-    assert [part.split(" ±")[0] for part in text.split("**")[1::2]] == ["2.10"] and "layers 2:4" in text
+    text = report.table(dict(metrics=["density", "recall"], rows=rows, real=dict(density=[9.0, 9.1])))
+    assert [part.split(" ±")[0] for part in text.split("**")[1::2]] == ["2.10"] and "layers 2:4" in text and "9.05 ±" in text
+    text = report.table(dict(metrics=["density", "recall"], rows=rows, baseline="CFG"))
+    assert [part.split(" ±")[0] for part in text.split("**")[1::2]] == ["+1.000"]
 
 
 def test_the_pareto_front_by_definition():
@@ -281,16 +297,49 @@ def test_the_pareto_front_by_definition():
 def test_verdicts_over_checkpoints():
     """Agreement is a verdict, contradiction is mixed, and undecided ones are counted."""
     assert claims.together(["holds", "holds"]) == "holds" and claims.together(["holds", "does not hold"]) == "mixed"
-    assert claims.together(["undecided", "does not hold"]) == "does not hold (on 1 of 2)" and claims.together(["undecided"]) == "undecided"
-    assert claims.judge(0.2, 0.1) == "holds" and claims.judge(-0.2, 0.1) == "does not hold" and claims.judge(0.05, 0.1) == "undecided"
+    assert claims.together(["undecided", "does not hold"]) == "does not hold on 1 of 2" and claims.together(["undecided"]) == "undecided"
+    assert judge(0.2, 0.1) == "holds" and judge(-0.2, 0.1) == "does not hold" and judge(0.05, 0.1) == "undecided"
+
+
+def invented(**rows):
+    """A result with the rows' values a seed of one metric, density."""
+    return {"rows": {label: dict(values=dict(density=v, frechet=v), method=label) for label, v in rows.items()}}
 
 
 def test_directions_of_claims():
-    """"better" respects the metric, "worse" is its opposite, and the best other row leaves out the row itself and real images."""
-    result = {"rows": {"A": dict(values=dict(frechet=[1.0, 1.1], density=[2.0, 2.1])), "B": dict(values=dict(frechet=[2.0, 2.1], density=[1.0, 1.1])),
-                       "real images": dict(values=dict(frechet=[0.0, 0.0], density=[9.0, 9.0]))}}
+    """"better" respects the metric, and "worse" is its opposite."""
+    result = invented(A=[1.0, 1.1], B=[2.0, 2.1])
     assert claims.beats("A", "B", "frechet")(result)[0] == pytest.approx(1) and claims.loses("A", "B", "frechet")(result)[0] == pytest.approx(-1)
-    assert claims.beats("A", "B", "density")(result)[0] == pytest.approx(1) and claims.beats_best("A", "density")(result)[0] == pytest.approx(1)
+    assert claims.beats("A", "B", "density")(result)[0] == pytest.approx(-1)
+
+
+def test_claims_about_several_rows():
+    """The best of all must beat each; one that is clearly ahead refutes it, one that is close leaves it undecided."""
+    low, close, high = [1.0, 1.1, 1.0, 1.1, 1.05], [2.0, 1.9, 2.1, 2.0, 1.95], [2.0, 2.1, 1.9, 2.05, 2.0]
+    verdict = lambda test, **rows: test(invented(**rows))[2]
+    assert verdict(claims.beats_all("a", "density"), a=high, b=low) == "holds" and verdict(claims.beats_all("b", "density"), a=high, b=low) == "does not hold"
+    assert verdict(claims.beats_all("a", "density"), a=high, b=close, c=low) == "undecided"
+    assert verdict(claims.one_beats(["a", "b"], "c", "density"), a=low, b=high, c=low) == "holds"
+    assert verdict(claims.one_beats(["a", "b"], "c", "density"), a=low, b=low, c=high) == "does not hold"
+    assert verdict(claims.beats_both("a", "b", "c", "density"), a=high, b=low, c=low) == "holds"
+    assert verdict(claims.beats_both("a", "b", "c", "density"), a=low, b=high, c=low) == "does not hold"
+    assert verdict(claims.no_gain("a", "b", "density"), a=high, b=low) == "does not hold" and verdict(claims.no_gain("a", "b", "density"), a=high, b=close) == "holds"
+
+
+def test_thirds_of_the_layers():
+    """Each range of at most three layers belongs to the third in which its centre lies, and to one alone."""
+    for depth in (8, 12):
+        labels = {f"{a}:{b}": None for a in range(depth) for b in range(a + 1, depth + 1)}
+        parts = [set(claims.third(which)(dict(depth=depth, rows=labels))) for which in ("early", "middle", "late")]
+        assert sum(map(len, parts)) == len(set().union(*parts)) == 3 * depth - 3
+        assert "0:1" in parts[0] and f"{depth // 2 - 1}:{depth // 2 + 1}" in parts[1] and f"{depth - 1}:{depth}" in parts[2]
+
+
+def test_the_share_of_the_front():
+    """It is 1 - 0.5 where ERG + APG dominates, 0 - 0.5 where it is dominated."""
+    good, bad = ({m: [v] * 3 for m in ("density", "coverage", "prompt")} for v in (2.0, 1.0))
+    rows = lambda own, other: {"rows": {"x": dict(method="erg+apg", values=own), "y": dict(method="apg", values=other)}}
+    assert claims.front_share(rows(good, bad))[0] == 0.5 and claims.front_share(rows(bad, good))[0] == -0.5
 
 
 @pytest.mark.skipif(not RESULTS.is_dir(), reason="no results are committed")
