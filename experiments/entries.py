@@ -33,7 +33,7 @@ class Scale:
     layer_stride: int  # of the layer grid
 
 
-FULL = Scale(images={"digits": 160, "mnist": 128, "cifar10": 512}, sweep={"digits": 80, "mnist": 96, "cifar10": 256},
+FULL = Scale(images={"digits": 160, "mnist": 112, "cifar10": 512}, sweep={"digits": 80, "mnist": 80, "cifar10": 256},
              steps=16, seeds=(0, 1, 2, 3, 4), search_seeds=(1000,), budget=6, layer_stride=1)
 QUICK = Scale(images={"digits": 40, "mnist": 20, "cifar10": 20}, sweep={"digits": 24, "mnist": 20, "cifar10": 20},
               steps=6, seeds=(0, 1), search_seeds=(1000,), budget=2, layer_stride=2)
