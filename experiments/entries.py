@@ -13,7 +13,7 @@ import erg
 import train_toy
 from experiments import diagnostics
 from experiments.metrics import mean_ranks
-from experiments.runs import METHODS, Run, attribute_words, checkpoint, draw_prompts, measure_real
+from experiments.runs import COMPARED, METHODS, Run, attribute_words, checkpoint, draw_prompts, measure_real
 from tiny_dit import sample
 
 ABOUT = ("seconds", "hardware", "torch")  # of a row: how it was made
@@ -102,7 +102,7 @@ def grids(name, task):
     return found
 
 
-TABLES = {1: ("text", [m for m in METHODS if m not in ("mechanism", "variant")]), 2: ("unconditional", ["none", "sag", "pag", "seg", "autoguidance", "erg"]),
+TABLES = {1: ("text", COMPARED), 2: ("unconditional", ["none", "sag", "pag", "seg", "autoguidance", "erg"]),
           3: ("class", ["none", "cfg", "pag", "sag", "seg", "erg"])}
 
 
@@ -137,7 +137,7 @@ def search(scale, name, task, methods):
     rows = yield [run for group in runs.values() for run in group]
     chosen, tried = {}, {}
     for method, settings in candidates.items():
-        label = "I-ERG" if method == "erg" and task != "text" else METHODS[method][0]
+        label = "I-ERG" if method == "erg" and task != "text" else METHODS[method].label
         if len(settings) == 1:
             chosen[label] = (method, settings[0])
             continue

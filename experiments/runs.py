@@ -16,6 +16,7 @@ import os
 import time
 from datetime import timedelta
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -35,39 +36,46 @@ TASKS = ("text", "class", "unconditional")
 # Methods by name
 # ------------------------------------------------------------------------------------------------
 
-ERG_OPTIONS = ("w", "tau", "layers", "kappa", "tau_c", "alpha", "gamma", "steps", "negative")
-METHODS = {  # name -> (how it is called in tables, its parameters, function evaluations a step)
-    "none": ("no guidance", (), 1),
-    "cfg": ("CFG", ("w",), 2),
-    "interval": ("CFG, interval", ("w", "low", "high"), 2),
-    "apg": ("APG", ("w", "norm_threshold"), 2),
-    "cads": ("CADS", ("w", "tau1", "tau2", "scale"), 2),
-    "pag": ("PAG*", ("w", "layers"), 2),
-    "sag": ("SAG*", ("w", "layer", "sigma"), 2),
-    "seg": ("SEG*", ("w", "layers", "sigma", "cfg"), 3),
-    "autoguidance": ("AutoGuidance", ("w",), 2),
-    "erg": ("ERG", ERG_OPTIONS, 2),
-    "erg+apg": ("ERG + APG", (*ERG_OPTIONS, "norm_threshold"), 2),
-    "erg+cads": ("ERG + CADS", (*ERG_OPTIONS, "tau1", "tau2", "scale"), 2),
-    "mechanism": ("", ("w", "mechanism", "tau", "layers", "kappa", "negative"), 2),
-    "variant": ("", (*ERG_OPTIONS, "w_end", "until", "renormalize", "taus", "norm_threshold"), 2),
+class Method(NamedTuple):
+    label: str  # in tables
+    required: tuple  # parameters
+    optional: tuple = ()
+    nfe: int = 2  # function evaluations a step
+
+
+RECTIFIER = ("tau", "layers", "kappa", "alpha", "gamma", "steps")
+ERG, CADS = ("tau_c", *RECTIFIER, "negative"), ("tau1", "tau2", "scale")
+METHODS = {
+    "none": Method("no guidance", (), nfe=1),
+    "cfg": Method("CFG", ("w",)),
+    "interval": Method("CFG, interval", ("w", "low", "high")),
+    "apg": Method("APG", ("w",), ("norm_threshold",)),
+    "cads": Method("CADS", ("w",), CADS),
+    "pag": Method("PAG*", ("w", "layers")),
+    "sag": Method("SAG*", ("w", "layer"), ("sigma",)),
+    "seg": Method("SEG*", ("w", "layers"), ("sigma", "cfg"), nfe=3),
+    "autoguidance": Method("AutoGuidance", ("w",)),
+    "erg": Method("ERG", ("w",), ERG),
+    "erg+apg": Method("ERG + APG", ("w",), (*ERG, "norm_threshold")),
+    "erg+cads": Method("ERG + CADS", ("w",), (*ERG, *CADS)),
 }
-OPTIONAL = {"erg": ERG_OPTIONS[1:], "apg": ("norm_threshold",), "cads": ("tau1", "tau2", "scale"), "seg": ("sigma", "cfg"), "sag": ("sigma",),
-            "mechanism": ("tau",), "variant": ("w_end", "until", "renormalize", "taus", *ERG_OPTIONS[1:], "norm_threshold")}
-OPTIONAL["erg+apg"], OPTIONAL["erg+cads"] = OPTIONAL["erg"] + OPTIONAL["apg"], OPTIONAL["erg"] + OPTIONAL["cads"]
+COMPARED = tuple(METHODS)  # in Table 1; the others belong to Table 6 and to what goes beyond the paper
+METHODS["mechanism"] = Method("", ("w", "mechanism", "layers", "kappa", "negative"), ("tau",))
+METHODS["variant"] = Method("", ("w",), (*ERG, "w_end", "until", "renormalize", "taus", "norm_threshold"))
 
 
-def method_settings(method, parameters, weak=None):
+def build(method, parameters, weak=None):
     """What train_toy.generate takes as `settings`, for a method of METHODS; `weak` is AutoGuidance's weak model."""
     if method not in METHODS:
         raise ValueError(f"method={method!r} must be one of {', '.join(METHODS)}")
+    required, optional = METHODS[method].required, METHODS[method].optional
     for name in parameters:
-        if name not in METHODS[method][1]:
+        if name not in required + optional:
             raise ValueError(f"{name}={parameters[name]!r} has no effect with method={method!r}, which obeys: "
-                             f"{', '.join(METHODS[method][1]) or 'nothing'}")
-    for name in set(METHODS[method][1]) - set(OPTIONAL.get(method, ())):
+                             f"{', '.join(required + optional) or 'nothing'}")
+    for name in required:
         if name not in parameters:
-            raise ValueError(f"{name} is missing for method={method!r}, which needs: {', '.join(METHODS[method][1])}")
+            raise ValueError(f"{name} is missing for method={method!r}, which needs: {', '.join(required)}")
     if method == "mechanism":
         check_mechanism(parameters)
     p = dict(parameters)
@@ -146,7 +154,7 @@ class Run:
     def __post_init__(self):
         if self.task not in TASKS:
             raise ValueError(f"task={self.task!r} must be one of {', '.join(TASKS)}")
-        method_settings(self.method, self.parameters)  # an unknown name shows now
+        build(self.method, self.parameters)  # an unknown name shows now
 
     @functools.cached_property
     def key(self):
@@ -213,7 +221,7 @@ def sample_run(run, device="cpu", images=None):
     model, *_ = checkpoint(run.weights, device)
     weak = checkpoint(f"{run.weights}-early", device)[0] if run.method == "autoguidance" else None
     prompts, attributes = draw_prompts(attribute_words(model), run.task, images or run.images, run.seed)
-    settings = method_settings(run.method, run.parameters, weak)
+    settings = build(run.method, run.parameters, weak)
     return train_toy.generate(model, prompts, settings, run.steps, run.seed, batch=64), prompts, attributes
 
 

@@ -591,12 +591,12 @@ OTHER_COST = [  # evaluations a step and image at t = 0, 0.1, ..., 0.9
 
 
 @pytest.mark.parametrize("method, parameters, expected", [
-    *((name, parameters, runs.METHODS[name][2]) for name, parameters in FULL_COST.items()), *OTHER_COST,
+    *((name, parameters, runs.METHODS[name].nfe) for name, parameters in FULL_COST.items()), *OTHER_COST,
 ])
 def test_function_evaluations_a_step_and_image(method, parameters, expected):
     """Rows that all models evaluate, over images and steps, are those of METHODS, and fewer where something is off."""
     model, weak = (random_model(seed, width=16, depth=3, text_depth=1).float() for seed in (0, 1))
-    settings = runs.method_settings(method, parameters, weak)
+    settings = runs.build(method, parameters, weak)
     with counted(model, weak) as rows:
         images = train_toy.generate(model, ["a red seven", "seven", ""], settings, steps=10, batch=2)
     assert sum(rows) == round(expected * 3 * 10) and images.isfinite().all()
