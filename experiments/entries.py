@@ -261,7 +261,7 @@ KAPPAS = (0.0, 0.2, 0.4, 0.6, 0.8)
 
 def figure9(scale, name):
     """ERG over kappa; kappa = 1 leaves C-ERG alone."""
-    settings = {f"kappa = {kappa:g}": ("erg", full_erg(name, kappa=kappa)) for kappa in KAPPAS}
+    settings = {"no guidance": ("none", {}), **{f"kappa = {kappa:g}": ("erg", full_erg(name, kappa=kappa)) for kappa in KAPPAS}}
     settings["kappa = 1"] = ("erg", dict(w=recipe(name).w, tau_c=recipe(name).tau_c))
     return (yield from fixed_table(scale, name, settings, scale.sweep[dataset(name)]))
 
@@ -297,7 +297,7 @@ def suggest(scale, name):
     kappas = yield from figure9(scale, name)
     hints = suggestions(name)
     ranges = {label: row for label, row in layers["rows"].items() if ":" in label}
-    thresholds = {label: row for label, row in kappas["rows"].items() if label != "kappa = 1"}
+    thresholds = {label: row for label, row in kappas["rows"].items() if "=" in label and label != "kappa = 1"}
     nearest = min(KAPPAS, key=lambda k: abs(k - hints["kappa"])) if hints["kappa"] is not None else None
     r = recipe(name)
     n = depth(name)
@@ -305,8 +305,18 @@ def suggest(scale, name):
              "the middle third": f"{round(n / 3)}:{round(2 * n / 3)}", "the recipe (found by hand)": f"{r.layers[0]}:{r.layers[1]}"}
     found = {rule: placed(ranges, label) for rule, label in asked.items()}
     found["B.2's rule for kappa"] = placed(thresholds, None if nearest is None else f"kappa = {nearest:g}")
-    return dict(placed=found, evidence=hints, depth=n, images=scale.sweep[dataset(name)],
-                ranks={label: sum(ranks) / len(ranks) for label, ranks in seed_ranks(ranges).items()})
+    ranks = {label: sum(values) / len(values) for label, values in seed_ranks(ranges).items()}
+    features = {"effect at t = 0.9": lambda label: hints["effects"][label][1], "its growth from t = 0.3": lambda label: hints["effects"][label][1] / hints["effects"][label][0],
+                "effect at t = 0.3": lambda label: hints["effects"][label][0], "number of layers": lambda label: len(range(*map(int, label.split(":")))),
+                "share of certain rows": lambda label: statistics.mean(hints["certain"][slice(*map(int, label.split(":")))])}
+    correlations = {what: rank_correlation([feature(label) for label in ranks], list(ranks.values())) for what, feature in features.items()}
+    return dict(placed=found, evidence=hints, depth=n, images=scale.sweep[dataset(name)], ranks=ranks, correlations=correlations)
+
+
+def rank_correlation(a, b):
+    """Spearman's: the correlation of ranks, ties sharing the mean of theirs."""
+    ranks = lambda values: torch.tensor([sum(v < u for v in values) + sum(v == u for v in values) / 2 for u in values], dtype=torch.float64)
+    return torch.corrcoef(torch.stack([ranks(a), ranks(b)]))[0, 1].item()
 
 
 def seed_ranks(rows):

@@ -98,6 +98,8 @@ def placed(result):
         own = f"{p['position']} of {p['of']} | {number(*estimate(p['rank']))}" if "position" in p else "- | -"
         lines.append(f"| {rule} | {p['label'] or 'nothing'} | {own} | {p['best']} | {number(*estimate(p['best_rank']))} | {p['median_rank']:.1f} |")
     at = result["evidence"]["kappa"]
+    lines += ["", "Rank correlation (Spearman) with the mean rank over all ranges: "
+              + ", ".join(f"{what} {rho:+.2f}" for what, rho in result["correlations"].items()) + "."]
     return "\n".join([*lines, "", "CFG's parallel difference is below a tenth of its peak " + ("never" if at is None else f"from t = {at:.2f} on")
                       + "; the suggestion for kappa is the nearest of the grid. Mean ranks are over the six metrics, ± half the 95 % interval over "
                       "seeds; the grid of ranges is figure 8's, that of kappa figure 9's."])
@@ -153,8 +155,21 @@ def canvas(rows, columns, width, height):
     return figure, axes
 
 
+def around(result, label, metric):
+    """Mean of a row, and half the 95 % interval of its difference from the mean of all rows, paired by seed.
+
+    So bars that do not meet tell rows apart, which the intervals of the rows themselves, full of what seeds share, would hide.
+    """
+    values = result["rows"][label]["values"][metric]
+    seeds = zip(*(row["values"][metric] for row in result["rows"].values()))
+    return sum(values) / len(values), difference(values, [sum(seed) / len(seed) for seed in seeds])[1]
+
+
+BARS = "bars and bands: 95 % interval of the difference from the mean of all rows, paired by seed"
+
+
 def dots(record):
-    """A row of panels for each checkpoint, a panel a metric: a dot and a 95 % interval for each label; dotted: real images."""
+    """A row of panels for each checkpoint, a panel a metric: a dot and a bar for each label; dotted: real images."""
     results = record["checkpoints"]
     metrics = next(iter(results.values()))["metrics"]
     height = max(1.6, 0.22 * max(len(r["rows"]) for r in results.values()) + 0.7)
@@ -163,10 +178,8 @@ def dots(record):
         labels = list(result["rows"])
         for ax, metric in zip(line, metrics):
             for i, label in enumerate(labels):
-                values = result["rows"][label]["values"].get(metric)
-                if values:
-                    mean, half = estimate(values)
-                    ax.errorbar(mean, -i, xerr=None if math.isinf(half) else half, fmt="o", ms=4, lw=1.2, capsize=2, color=colour(label, i))
+                mean, half = around(result, label, metric)
+                ax.errorbar(mean, -i, xerr=None if math.isinf(half) else half, fmt="o", ms=4, lw=1.2, capsize=2, color=colour(label, i))
             if metric in result["real"]:
                 ax.axvline(estimate(result["real"][metric])[0], ls=":", lw=0.9, color="black")
             ax.set_yticks([-i for i in range(len(labels))], labels if ax is line[0] else [""] * len(labels), fontsize=7)
@@ -176,29 +189,32 @@ def dots(record):
     return figure
 
 
+CURVES = ("#D55E00", "#7B3294", "#0072B2")
+
+
 def series(record, curves, xlabel, logx=False):
-    """Lines with 95 % bands over a parameter. `curves(result)` -> ({name: [(x, label of the row)]}, {name: label of a level})."""
+    """Lines with bands over a parameter. `curves(result)` -> ({name: [(x, label of the row)]}, {name: label of a level})."""
     results = record["checkpoints"]
     metrics = next(iter(results.values()))["metrics"]
     figure, axes = canvas(len(results), len(metrics), 2.3, 2.3)
     for line, (name, result) in zip(axes, results.items()):
         lines, levels = curves(result)
         for ax, metric in zip(line, metrics):
-            value = lambda label: estimate(result["rows"][label]["values"][metric])
+            value = lambda label: around(result, label, metric)
             for i, (curve, points) in enumerate(lines.items()):
                 xs, (means, halves) = [x for x, _ in points], zip(*(value(label) for _, label in points))
-                c = ("#D55E00", "#7B3294", "#0072B2")[i % 3]
+                c = CURVES[i % 3]
                 ax.plot(xs, means, "o-", ms=3, lw=1.3, color=c, label=curve)
                 if not any(map(math.isinf, halves)):
                     ax.fill_between(xs, [m - h for m, h in zip(means, halves)], [m + h for m, h in zip(means, halves)], color=c, alpha=0.15, lw=0)
-            for i, (level, label) in enumerate(levels.items()):
-                ax.axhline(value(label)[0], ls=("--", ":", "-.")[i % 3], lw=1, color="#7f7f7f" if label == "no guidance" else ("#D55E00", "#7B3294")[i % 2], label=level)
+            for i, (level, label) in enumerate(levels.items()):  # the first is no guidance, the others go with the curves
+                ax.axhline(value(label)[0], ls=("--", ":", "-.")[i % 3], lw=1, color="#7f7f7f" if i == 0 else CURVES[i - 1], label=level)
             ax.set_title(f"{TITLES.get(metric, metric)} {ARROW[BETTER[metric]]}", fontsize=8)
             ax.set_xlabel(xlabel, fontsize=8)
             if logx:
                 ax.set_xscale("log")
         line[0].set_ylabel(name, fontsize=9)
-        line[-1].legend(fontsize=6, frameon=False)
+    figure.legend(*axes[0, -1].get_legend_handles_labels(), fontsize=7, frameon=False, loc="outside right")
     return figure
 
 
@@ -216,7 +232,7 @@ def figure2(record):
         for ax, (mx, my) in zip(line, pairs):
             points, named = [], set()
             for label, row in result["rows"].items():
-                (x, hx), (y, hy) = estimate(row["values"][mx]), estimate(row["values"][my])
+                (x, hx), (y, hy) = around(result, label, mx), around(result, label, my)
                 points.append((x, y))
                 own, w = row["method"] == "apg", row["parameters"]["w"]
                 c = ("#56B4E9", "#009E73", "#E69F00", "#D55E00")[weights.index(w) % 4]
@@ -229,7 +245,7 @@ def figure2(record):
             ax.plot([p[0] for p in front], [p[1] for p in front], "--", lw=1, color="black")
             ax.set_xlabel(mx, fontsize=8)
             ax.set_ylabel((f"{name}: " if ax is line[0] else "") + TITLES.get(my, my), fontsize=8)
-        line[2].legend(fontsize=6, frameon=False)
+    figure.legend(*axes[0, -1].get_legend_handles_labels(), fontsize=7, frameon=False, loc="outside right")
     return figure
 
 
@@ -248,7 +264,7 @@ def figure4(record):
 
 def figure9(record):
     def curves(result):
-        return {"ERG": [(float(label.split("=")[1]), label) for label in result["rows"]]}, {}
+        return {"ERG": [(float(label.split("=")[1]), label) for label in result["rows"] if "=" in label]}, {"no guidance": "no guidance"}
     return series(record, curves, "kappa (1: C-ERG alone)")
 
 
@@ -289,8 +305,9 @@ def suggest(record):
         for label in {evidence["fading"], *sorted(labels, key=ranks.get)[:2]}:
             line[0].annotate(label, evidence["effects"][label], fontsize=7, xytext=(3, 3), textcoords="offset points")
         end = max(v for pair in evidence["effects"].values() for v in pair)
-        line[0].plot([0, end], [0, end], ":", lw=0.8, color="black")
-        line[0].set(xscale="symlog", yscale="symlog", xlim=(0, None), ylim=(0, None))
+        low = min(v for pair in evidence["effects"].values() for v in pair)
+        line[0].plot([low, end], [low, end], ":", lw=0.8, color="black")
+        line[0].set(xscale="log", yscale="log")
         line[0].set_xlabel("effect at t = 0.3", fontsize=8)
         line[0].set_ylabel(f"{name}: effect at t = 0.9", fontsize=8)
         line[0].set_title("below the line: fading ranges", fontsize=8)
@@ -313,7 +330,7 @@ FIGURES = dict(suggest=suggest, figure2=figure2, figure4=figure4, figure8=figure
 def draw(name, record):
     """The figure of an entry whose result has rows."""
     figure = FIGURES.get(name, dots)(record)
-    figure.suptitle(record["title"], fontsize=9)
+    figure.suptitle(record["title"] + ("" if name in ("suggest", "figure8") else f" ({BARS})"), fontsize=9)
     return figure
 
 

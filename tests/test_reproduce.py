@@ -232,6 +232,23 @@ def test_the_search_takes_the_best_mean_rank_and_reports_other_seeds():
     assert min(result["search"]["CFG"], key=lambda row: row["mean_rank"])["parameters"] == {"w": 2.0}
 
 
+def test_the_rank_correlation():
+    """1 and -1 for monotone relations of any shape; scipy's value with ties."""
+    values = [3.0, 1.0, 2.0, 5.0, 2.0]
+    assert entries.rank_correlation(values, [v**3 for v in values]) == pytest.approx(1) and entries.rank_correlation(values, [-v for v in values]) == pytest.approx(-1)
+    scipy = pytest.importorskip("scipy.stats", reason="comes with the test extra")
+    other = [1.0, 4.0, 4.0, 2.0, 0.0]
+    assert entries.rank_correlation(values, other) == pytest.approx(scipy.spearmanr(values, other).statistic)
+
+
+def test_a_suggestion_is_placed_in_the_grid():
+    """With invented rows, the position of a row is its place by mean rank, and what is not in the grid has none."""
+    rows = {f"{i}:{i + 1}": dict(values={m: [float(-i if BETTER[m] == "higher" else i)] * 2 for m in entries.metrics_of("text")}) for i in range(5)}
+    found = entries.placed(rows, "1:2")
+    assert (found["position"], found["of"], found["best"], found["rank"], found["median_rank"]) == (2, 5, "0:1", [2.0, 2.0], 3.0)
+    assert "position" not in entries.placed(rows, None)
+
+
 def test_entries_share_one_queue():
     """Entries that run side by side are asked for all their runs of a round at once, and each gets its own rows."""
     asked = []
