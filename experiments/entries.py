@@ -13,8 +13,8 @@ import erg
 import train_toy
 from experiments import diagnostics
 from experiments.metrics import mean_ranks
-from experiments.runs import COMPARED, METHODS, Run, attribute_words, checkpoint, draw_prompts, measure_real
-from tiny_dit import sample
+from experiments.runs import COMPARED, METHODS, Run, checkpoint, measure_real, small_batch
+from tiny_dit import sample, tokenize
 
 ABOUT = ("seconds", "hardware", "torch")  # of a row: how it was made
 QUALITY = ("frechet", "precision", "recall", "density", "coverage")
@@ -233,6 +233,7 @@ def figure2(scale, name):
     return (yield from fixed_table(scale, name, settings, scale.sweep[dataset(name)]))
 
 
+BATCH = (24, 77)  # samples and seed of the diagnostics
 TAU_C = (0.01, 0.1, 0.3, 3.0, 10.0)
 
 
@@ -243,7 +244,25 @@ def figure4(scale, name):
         settings[f"CFG, w = {w:g}"] = ("cfg", dict(w=w))
         for tau_c in TAU_C:
             settings[f"C-ERG, w = {w:g}, tau_c = {tau_c:g}"] = ("erg", dict(w=w, tau_c=tau_c))
-    return (yield from fixed_table(scale, name, settings, scale.sweep[dataset(name)]))
+    result = yield from fixed_table(scale, name, settings, scale.sweep[dataset(name)])
+    return dict(result, changes=encoding_changes(name), certain=encoder_certainty(name))
+
+
+@torch.no_grad()
+def encoding_changes(name):
+    """How far tau_c, or the null prompt, moves the caption's encoding and the first velocity, relative to their norms."""
+    model, noise, prompts, condition, null = small_batch(name, *BATCH)
+    v = model(noise, 0.0, condition)
+    weak = {f"{tau_c:g}": erg.encode(model.encode, prompts, tau=tau_c)[1] for tau_c in TAU_C} | {"null prompt": null}
+    norm = lambda x: torch.linalg.vector_norm(x)
+    return {label: [(norm(w - condition) / norm(condition)).item(), (norm(model(noise, 0.0, w) - v) / norm(v)).item()] for label, w in weak.items()}
+
+
+@torch.no_grad()
+def encoder_certainty(name):
+    """Entropy over log(tokens) of the caption encoder's attention, by layer."""
+    model, _, prompts, _, _ = small_batch(name, *BATCH)
+    return [layer.relative_entropy for layer in diagnostics.attention_certainty(model.encoder, tokenize(prompts, model.config))]
 
 
 def figure8(scale, name):
@@ -336,14 +355,10 @@ def placed(rows, label):
     return result if label not in mean else dict(result, position=order.index(label) + 1, rank=ranks[label])
 
 
-def suggestions(name, batch=24, seed=77):
+def suggestions(name):
     """What the rules suggest for a checkpoint, and their evidence, from one small batch."""
-    model = checkpoint(name)[0]
-    prompts, _ = draw_prompts(attribute_words(model), "text", batch, seed)
-    shape = (batch, model.config.channels, model.config.image_size, model.config.image_size)
-    noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-    with torch.no_grad():
-        condition, null = model.encode(prompts), model.encode([""] * batch)
+    model, noise, _, condition, null = small_batch(name, *BATCH)
+    batch = len(noise)
     effects = diagnostics.layer_effects(model, noise, condition, queries=slice(0, model.side**2))
     path = sample(model, noise, condition, 20, trajectory=True)
     certainty = diagnostics.attention_certainty(model, path[6], torch.full((batch,), 0.3), condition)

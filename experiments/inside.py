@@ -12,16 +12,6 @@ from experiments.statistics import estimate
 from tiny_dit import sample
 
 
-def batch(name, n, seed, device, task="text"):
-    """model, noise (n, C, S, S), the prompts and their encodings, and that of the null prompt."""
-    model = runs.checkpoint(name, device)[0]
-    prompts, _ = runs.draw_prompts(runs.attribute_words(model), task, n, seed)
-    shape = (n, model.config.channels, model.config.image_size, model.config.image_size)
-    noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(device)
-    with torch.no_grad():
-        return model, noise, prompts, model.encode(prompts), model.encode([""] * n)
-
-
 def row(label, values, digits=4):
     mean, half = estimate(values)
     return f"| {label} | {mean:.{digits}f} | " + ("" if len(values) == 1 else f"± {half:.{digits}f}") + " |"
@@ -37,7 +27,7 @@ def figure5(scale, name, device):
     weak encoding: each point of the histograms is a pixel and channel."""
     means, pixels = {}, {}
     for seed in scale.seeds:
-        model, noise, prompts, condition, null = batch(name, 20, seed, device)
+        model, noise, prompts, condition, null = runs.small_batch(name, 20, seed, device)
         weak = erg.encode(model.encode, prompts, tau=entries.recipe(name).tau_c)[1]
         for kind, v in diagnostics.velocity_variances(model, noise, condition, null, weak).items():
             means.setdefault(kind, []).append(v.mean().item())
@@ -63,7 +53,7 @@ def figure6(scale, name, device):
     I-ERG under the same prompt (kappa = 0, so that all of it is seen). Root mean square over pixels and samples."""
     n, steps, curves = 32, 25, {}
     for seed in scale.seeds:
-        model, noise, _, condition, null = batch(name, n, seed, device)
+        model, noise, _, condition, null = runs.small_batch(name, n, seed, device)
         r = entries.recipe(name)
         settings = {"CFG": (erg.ERG(w=r.w), null),
                     "I-ERG": (erg.ERG(w=r.w, tau=r.tau_i, layers=range(*r.layers), kappa=0.0, negative="same",
@@ -104,7 +94,7 @@ def figure7(scale, name, device):
     value, for each layer, on the unguided path."""
     times, steps, values = (0.1, 0.3, 0.6), 20, {}
     for seed in scale.seeds:
-        model, noise, _, condition, _ = batch(name, 32, seed, device)
+        model, noise, _, condition, _ = runs.small_batch(name, 32, seed, device)
         path = sample(model, noise, condition, steps, trajectory=True)
         for t in times:
             layers = diagnostics.attention_certainty(model, path[round(t * steps)], torch.full((32,), t, device=device), condition)

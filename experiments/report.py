@@ -133,6 +133,12 @@ def markdown(name, record, text):
                       f"seed ({seeds}). The recipe's layers, which PAG*, SEG* and ERG may all use, and ERG's tau and kappa come from an earlier "
                       "scan by hand, which is a head start for these methods.", "",
                       "<details><summary>All settings that were tried, best mean rank first</summary>", "", searched(result), "", "</details>", ""]
+        if "changes" in result:
+            lines += ["What the negative's encoding is, against the caption's own (24 prompts; norms relative to the caption's):", "",
+                      "| tau_c | change of the encoding | change of the first velocity |", "|---|---|---|",
+                      *(f"| {label} | {a:.3f} | {b:.3f} |" for label, (a, b) in result["changes"].items()), "",
+                      "Entropy of the encoder's attention over its largest possible value, by layer: "
+                      + ", ".join(f"{e:.2f}" for e in result["certain"]) + ".", ""]
         if "placed" in result:
             lines += [placed(result), ""]
         if "summary" in result:

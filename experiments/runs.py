@@ -216,6 +216,16 @@ def draw_prompts(words, task, n, seed):
     return captions, attributes
 
 
+def small_batch(name, n, seed, device="cpu"):
+    """model, noise (n, C, S, S), n captions, their encodings, and the null prompt's: for the diagnostics."""
+    model = checkpoint(name, device)[0]
+    prompts, _ = draw_prompts(attribute_words(model), "text", n, seed)
+    shape = (n, model.config.channels, model.config.image_size, model.config.image_size)
+    noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(device)
+    with torch.no_grad():
+        return model, noise, prompts, model.encode(prompts), model.encode([""] * n)
+
+
 def sample_run(run, device="cpu", images=None):
     """The pictures of a run (n, C, S, S), its prompts, and their attributes."""
     model, *_ = checkpoint(run.weights, device)

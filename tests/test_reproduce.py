@@ -267,20 +267,24 @@ def test_entries_share_one_queue():
 # ------------------------------------------------------------------------------------------------
 
 
-def test_the_command_writes_its_three_files_and_goes_on_from_the_cache(tmp_path, monkeypatch):
-    """Two kinds of entries end in JSON, Markdown and a picture; the second call samples nothing for the runs it has."""
+def test_all_of_it_from_the_runs_to_the_verdicts(tmp_path, monkeypatch):
+    """`all` ends in JSON, Markdown and a picture for each entry, and in a verdict for each claim; a second call samples nothing."""
     monkeypatch.setattr(entries, "QUICK", TINY)
-    call = ["table6", "figure7", "--quick", "--out", str(tmp_path / "out"), "--cache", str(tmp_path / "cache"), "--device", "cpu"]
-    reproduce.main(call)
-    for name in ("table6", "figure7"):
+    options = ["--quick", "--out", str(tmp_path / "out"), "--cache", str(tmp_path / "cache"), "--device", "cpu"]
+    reproduce.main(["all", *options])
+    for name in reproduce.ENTRIES:
         record = json.loads((tmp_path / "out" / f"{name}.json").read_text())
-        assert record["command"].endswith(" ".join(call)) and set(record["checkpoints"]) == {"digits"}
+        assert record["command"].endswith(" ".join(["all", *options])) and set(record["checkpoints"]) == {"digits"}
+        assert record["minutes"] > 0 and record["hardware"] and record["torch"] == str(torch.__version__)
         assert (tmp_path / "out" / f"{name}.png").read_bytes()[:4] == b"\x89PNG"
         assert record["title"] in (tmp_path / "out" / f"{name}.md").read_text()
-    before = (tmp_path / "out" / "table6.md").read_text()
+    page = (tmp_path / "out" / "CLAIMS.md").read_text()
+    assert all(claim.text in page for claim in claims.CLAIMS) and "not asked" not in page
     monkeypatch.setattr(runs, "compute", lambda *args: pytest.fail("computed again"))
-    reproduce.main(call)
-    assert (tmp_path / "out" / "table6.md").read_text() == before
+    before = (tmp_path / "out" / "table6.json").read_text()
+    reproduce.main(["table6", *options])
+    strip = lambda text: {k: v for k, v in json.loads(text).items() if k != "command"}
+    assert strip((tmp_path / "out" / "table6.json").read_text()) == strip(before)
 
 
 def test_every_entry_is_named_and_drawn():
