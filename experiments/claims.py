@@ -10,7 +10,7 @@ from collections.abc import Callable
 from experiments import data
 from experiments.metrics import BETTER
 from experiments.report import TITLES, number, pareto_front
-from experiments.statistics import difference, estimate, gain, judge
+from experiments.statistics import difference, gain, judge
 
 # ------------------------------------------------------------------------------------------------
 # Tests: the result of a checkpoint -> (mean, half width), or (mean, half width, verdict)

@@ -1,6 +1,9 @@
 """experiments/: runs and their cache, the search, statistics, reports and claims."""
 import json
 import math
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -285,6 +288,21 @@ def test_all_of_it_from_the_runs_to_the_verdicts(tmp_path, monkeypatch):
     reproduce.main(["table6", *options])
     strip = lambda text: {k: v for k, v in json.loads(text).items() if k != "command"}
     assert strip((tmp_path / "out" / "table6.json").read_text()) == strip(before)
+
+
+def test_two_processes_find_what_one_finds(tmp_path):
+    """Under torchrun the runs are shared out, each is computed once, and the numbers are those of one process."""
+    records = []
+    for name, launcher in (("one", []), ("two", ["torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m"])):
+        command = [sys.executable, "-m", *launcher, "experiments.reproduce", "table6", "--quick", "--device", "cpu",
+                   "--out", str(tmp_path / name), "--cache", str(tmp_path / name / "cache")]
+        done = subprocess.run(command, cwd=RESULTS.parent.parent, env=dict(os.environ, OMP_NUM_THREADS="1"), capture_output=True, text=True, timeout=240)
+        assert done.returncode == 0, done.stderr[-2000:]
+        assert len(list((tmp_path / name / "cache").glob("*.json"))) == 8
+        records.append(json.loads((tmp_path / name / "table6.json").read_text())["checkpoints"]["digits"]["rows"])
+    for one, two in zip(records[0].values(), records[1].values()):
+        for metric, values in one["values"].items():
+            assert values == pytest.approx(two["values"][metric], rel=1e-3, abs=1e-3), metric
 
 
 def test_every_entry_is_named_and_drawn():
