@@ -78,25 +78,28 @@ def full_erg(name, **changes):
 
 def grids(name, task):
     """{method: the settings it may try}, six for each, the more usual ones first; for a task of runs.TASKS."""
-    weights, two = (1.5, 2.0, 3.0), layer_ranges(name)
+    own, middle = layer_ranges(name)
     small = (1.5, 1.25, 2.0)  # of methods whose weak prediction is far from the strong one
-    middle = two[1][len(two[1]) // 2]
-    cads = [dict(tau1=0.6, tau2=0.9, scale=0.25), dict(tau1=0.8, tau2=1.0, scale=0.25)]
-    layered = [dict(w=w, layers=layers) for w in small for layers in two]
-    erg = full_erg if task == "text" else lambda name, **changes: i_erg(name, negative="same", **changes)
+    late, early = dict(tau1=0.8, tau2=1.0, scale=0.25), dict(tau1=0.6, tau2=0.9, scale=0.25)  # when CADS' noise ends
+    layered = [dict(w=w, layers=layers) for w in small for layers in (own, middle)]
     found = {
         "cfg": [dict(w=w) for w in (1.5, 2.0, 1.25, 2.5, 3.0, 4.0)],
-        "interval": [dict(w=w, low=low, high=high) for w in (2.0, 1.5, 3.0) for low, high in ((0.2, 0.8), (0.0, 0.5))],
-        "apg": [dict(w=w, norm_threshold=r) for w in weights for r in (5.0, 2.0)],
-        "cads": [dict(w=w, **settings) for w in weights for settings in cads],
+        "interval": [dict(w=w, low=low, high=high) for w, low, high in (
+            (2.0, 0.0, 0.5), (2.0, 0.2, 0.8), (3.0, 0.0, 0.5), (1.5, 0.2, 0.8), (4.0, 0.0, 0.5), (3.0, 0.2, 0.8))],
+        "apg": [dict(w=w, norm_threshold=r) for w, r in ((1.5, 5.0), (2.0, 5.0), (3.0, 5.0), (4.0, 5.0), (2.0, 2.0), (3.0, 2.0))],
+        "cads": [dict(w=w, **end) for w, end in ((1.5, late), (2.0, late), (3.0, late), (4.0, late), (2.0, early), (3.0, early))],
         "pag": layered,
-        "sag": [dict(w=w, layer=middle, sigma=sigma) for w in (1.25, 1.1, 1.5) for sigma in (1.0, 2.0)],
+        "sag": [dict(w=w, layer=middle[len(middle) // 2], sigma=sigma) for w in (1.25, 1.1, 1.5) for sigma in (1.0, 2.0)],
         "seg": [dict(p, **(dict(cfg=1.5) if task != "unconditional" else {})) for p in layered],
         "autoguidance": [dict(w=w) for w in (1.5, 1.25, 1.75, 2.0, 2.5, 3.0)],
-        "erg": [erg(name, **p) for p in layered],
-        "erg+apg": [full_erg(name, w=w, layers=layers) for w in weights for layers in two],
-        "erg+cads": [full_erg(name, w=w, **settings) for w in small for settings in cads],
+        "erg": [full_erg(name, w=w, layers=layers) for w, layers in (
+            (1.5, own), (2.0, own), (1.25, own), (2.5, own), (3.0, own), (1.5, middle))],
+        "erg+apg": [full_erg(name, w=w, layers=layers) for w, layers in (
+            (1.5, own), (2.0, own), (3.0, own), (4.0, own), (1.5, middle), (2.0, middle))],
+        "erg+cads": [full_erg(name, w=w, **end) for w, end in ((1.5, late), (2.0, late), (1.25, late), (2.5, late), (3.0, late), (2.0, early))],
     }
+    if task == "unconditional":
+        found["erg"] = [i_erg(name, **p, negative="same") for p in layered]
     if task == "class":  # the paper's class-conditional I-ERG has the null prompt in the negative, or the same one
         found["erg"] = [i_erg(name, w=w, negative=negative) for w in small for negative in ("null", "same")]
     return found
