@@ -70,6 +70,8 @@ def difference_norms(model, noise, condition, settings, negative=None, steps=25)
     `settings` and `negative` as for erg.Guidance; both predictions are made at every step, before kappa with
     ordinary attention. Returns t (steps,), parallel (steps,), orthogonal (steps,): root mean square over pixels.
     """
+    if settings.apg is not None or settings.cads is not None or callable(settings.w):
+        raise ValueError(f"settings={settings!r} must have a constant w, and neither apg nor cads")
     guidance, x, rows = erg.Guidance(settings, negative), noise, []
     for i in range(steps):
         t = i / steps
@@ -77,7 +79,7 @@ def difference_norms(model, noise, condition, settings, negative=None, steps=25)
                                             guidance.rectifies_at(t))
         parallel, orthogonal = erg.project(v_pos - v_neg, v_pos)
         rows.append((t, parallel.square().mean().sqrt().item(), orthogonal.square().mean().sqrt().item()))
-        x = x + guidance(model, x, t, condition) / steps
+        x = x + erg.guide(v_pos, v_neg, settings.w) / steps
     return torch.tensor(rows).unbind(1)
 
 

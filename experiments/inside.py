@@ -51,7 +51,7 @@ def draw5(figure, axes, drawn):
 def figure6(scale, name, device):
     """Parts of the difference v_pos - v_neg parallel and orthogonal to v_pos along the sampling path, for CFG and for
     I-ERG under the same prompt (kappa = 0, so that all of it is seen). Root mean square over pixels and samples."""
-    n, steps, curves = 32, 25, {}
+    n, steps, curves = min(32, scale.sweep[entries.dataset(name)]), 25, {}
     for seed in scale.seeds:
         model, noise, _, condition, null = runs.small_batch(name, n, seed, device)
         r = entries.recipe(name)
@@ -92,17 +92,17 @@ def draw6(figure, axes, drawn):
 def figure7(scale, name, device):
     """Share of attention rows whose largest probability exceeds 0.95, and the entropy of rows over its largest possible
     value, for each layer, on the unguided path."""
-    times, steps, values = (0.1, 0.3, 0.6), 20, {}
+    n, times, steps, values = min(32, scale.sweep[entries.dataset(name)]), (0.1, 0.3, 0.6), 20, {}
     for seed in scale.seeds:
-        model, noise, _, condition, _ = runs.small_batch(name, 32, seed, device)
+        model, noise, _, condition, _ = runs.small_batch(name, n, seed, device)
         path = sample(model, noise, condition, steps, trajectory=True)
         for t in times:
-            layers = diagnostics.attention_certainty(model, path[round(t * steps)], torch.full((32,), t, device=device), condition)
+            layers = diagnostics.attention_certainty(model, path[round(t * steps)], torch.full((n,), t, device=device), condition)
             for kind in ("certain", "relative_entropy"):
                 values.setdefault(f"{kind} at t = {t:g}", []).append([getattr(layer, kind) for layer in layers])
     at = {kind: [estimate(v) for v in zip(*seeds)] for kind, seeds in values.items()}
-    n = len(at["certain at t = 0.3"])
-    lines = ["| layer | " + " | ".join(map(str, range(n))) + " |", "|---" * (n + 1) + "|",
+    depth = len(at["certain at t = 0.3"])
+    lines = ["| layer | " + " | ".join(map(str, range(depth))) + " |", "|---" * (depth + 1) + "|",
              *(f"| {title} | " + " | ".join(report.number(*v) for v in at[f"{kind} at t = 0.3"]) + " |"
                for kind, title in (("certain", "share above 0.95"), ("relative_entropy", "relative entropy"))), "", "At t = 0.3, mean ± half the 95 % interval over seeds."]
     return dict(values=values, summary="\n".join(lines)), values

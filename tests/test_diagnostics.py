@@ -60,6 +60,9 @@ def test_difference_norms_obey_pythagoras():
     assert t.tolist() == [0, 0.25, 0.5, 0.75]
     first = model(noise, 0.0, c) - model(noise, 0.0, null)
     assert (parallel[0]**2 + orthogonal[0]**2).item() == pytest.approx(first.square().mean().item(), rel=1e-5)
+    x = noise + erg.Guidance(erg.ERG(w=2.0), null)(model, noise, 0.0, c) / 4  # the path is the guided one
+    second = model(x, 0.25, c) - model(x, 0.25, null)
+    assert (parallel[1]**2 + orthogonal[1]**2).item() == pytest.approx(second.square().mean().item(), rel=1e-5)
     _, parallel, orthogonal = difference_norms(model, noise, c, erg.ERG(w=2.0, tau=0.1, negative="same", kappa=0.3), steps=4)
     assert (parallel[:2] < 1e-12).all() and (orthogonal[:2] < 1e-12).all() and (orthogonal[2:] > 1e-3).all()
 
@@ -130,7 +133,7 @@ def test_the_end_of_the_parallel_part():
 
 @pytest.mark.parametrize("call, message", [
     (lambda m, x, c: layer_effects(m, x, c, times=(0.9, 0.3)), "times=(0.9, 0.3)"), (lambda m, x, c: layer_effects(m, x, c, steps=1), "steps=1"),
-    (lambda m, x, c: fading_layers([]), "effects is empty"), (lambda m, x, c: parallel_end(x, x, x, share=2), "share=2"),
+    (lambda m, x, c: fading_layers([]), "effects is empty"), (lambda m, x, c: difference_norms(m, x, c, erg.ERG(w=2.0, apg=erg.APG()), c), "neither apg"), (lambda m, x, c: parallel_end(x, x, x, share=2), "share=2"),
 ])
 def test_bad_input_to_the_rules_is_named(call, message):
     """Times in the wrong order, too few steps, and nothing to choose from are one clear error."""
