@@ -307,6 +307,9 @@ def variants(scale, name):
         "late, from t = 0.6": ("erg", dict(base, kappa=0.6)),
         "renormalized": ("variant", dict(base, renormalize=1.0)),
         "milder, tau = 0.3": ("erg", dict(base, tau=0.3)),
+        "w falls to 1, tau = 0.3": ("variant", dict(base, w=2 * w - 1, w_end=1.0, tau=0.3)),
+        "CFG, w falls to 1": ("variant", dict(w=2 * w - 1, w_end=1.0)),
+        "C-ERG alone": ("erg", dict(w=w, tau_c=base["tau_c"])),
         "tau by layer, 0.5 beside": ("variant", dict({k: v for k, v in base.items() if k != "layers"}, taus=by_layer)),
         "tau = 0.3 in all layers": ("erg", dict(base, tau=0.3, layers=list(range(n)))),
     }
