@@ -123,7 +123,7 @@ def main(argv):
         write(out, name, record, figure)
         print(f"{TITLES[name]}: {record['minutes']:.1f} minutes of sampling -> {out / name}.md", flush=True)
     if first and ({"claims", "all"} & set(options.names)):
-        print(f"{claims.write(out)} claims judged -> {out / 'CLAIMS.md'}")
+        print(f"{claims.write(out, explained=out == RESULTS)} claims judged -> {out / 'CLAIMS.md'}")
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
