@@ -44,3 +44,14 @@ def test_erg_imports_torch_and_the_standard_library_alone():
     assert set(imported("erg.py")) - {"torch"} <= set(sys.stdlib_module_names)
     assert set(imported("tiny_dit.py")) - {"torch"} <= set(sys.stdlib_module_names)
     assert set(imported("experiments/diagnostics.py")) - {"torch", "erg"} <= set(sys.stdlib_module_names)
+
+
+def test_its_table_is_an_excerpt_of_the_results():
+    """Every number of the table of methods stands in the committed Table 1, in the row of the same method."""
+    page = (ROOT / "experiments/results/table1.md").read_text().replace("**", "")
+    rows = [line for line in README.splitlines() if line.startswith("| ") and "±" in line]
+    assert len(rows) >= 8
+    for row in rows:
+        label, *cells = (cell.strip() for cell in row.strip("| ").replace("**", "").split(" | "))
+        same = " ".join(line for line in page.splitlines() if line.startswith(f"| {label} |"))
+        assert same and all(f"| {cell} |" in same for cell in cells), row
