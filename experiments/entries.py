@@ -35,8 +35,8 @@ class Scale:
 
 FULL = Scale(images={"digits": 160, "mnist": 112, "cifar10": 512}, sweep={"digits": 80, "mnist": 80, "cifar10": 256},
              steps=16, seeds=(0, 1, 2, 3, 4), search_seeds=(1000,), budget=6, layer_stride=1)
-QUICK = Scale(images={"digits": 40, "mnist": 20, "cifar10": 20}, sweep={"digits": 24, "mnist": 20, "cifar10": 20},
-              steps=6, seeds=(0, 1), search_seeds=(1000,), budget=2, layer_stride=2)
+QUICK = Scale(images={"digits": 64, "mnist": 24, "cifar10": 24}, sweep={"digits": 48, "mnist": 24, "cifar10": 24},
+              steps=8, seeds=(0, 1, 2), search_seeds=(1000,), budget=3, layer_stride=2)
 
 # ------------------------------------------------------------------------------------------------
 # Settings

@@ -39,7 +39,7 @@ def arguments():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
     add("names", nargs="+", metavar="NAME", help=f"one or more of {', '.join(ENTRIES)}, claims, or all")
-    add("--quick", action="store_true", help="digits alone, few images, two seeds: a try of the whole machinery, not a result")
+    add("--quick", action="store_true", help="digits alone, few images, three seeds: a try of the whole machinery, not a result")
     add("--weights", nargs="+", metavar="CHECKPOINT", help=f"of {', '.join(shipped)}; default: all but the early ones")
     add("--out", help="folder for what is written (default: experiments/results; out/quick with --quick, out/results with --weights)")
     add("--cache", default=str(runs.CACHE), help="folder of the finished runs")
