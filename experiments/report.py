@@ -10,18 +10,16 @@ from experiments.statistics import difference, estimate, judge, winners
 COLOURS = {"real images": "#000000", "no guidance": "#7f7f7f", "CFG": "#0072B2", "CFG, interval": "#56B4E9", "APG": "#009E73",
            "CADS": "#8DA0CB", "PAG*": "#B79F00", "SAG*": "#A65628", "SEG*": "#66A61E", "AutoGuidance": "#3B3B6D",
            "C-ERG": "#E69F00", "I-ERG": "#CC79A7", "ERG": "#D55E00", "ERG + APG": "#A50F15", "ERG + CADS": "#FB6A4A"}
+COLOURS.update({"C-ERG + I-ERG": COLOURS["ERG"], "temperature reduction": COLOURS["I-ERG"], "identity mapping": COLOURS["PAG*"],
+                "energy smoothing": COLOURS["SEG*"]})
 TITLES = {"frechet": "Frechet distance", "prompt": "prompt accuracy"}
 ARROW = {"higher": "↑", "lower": "↓"}
 
 
-def colour(label, i=0):
-    """A label's colour: its method's, else ERG's family for settings of ERG, else by position."""
-    if label in COLOURS:
-        return COLOURS[label]
-    for name in sorted(COLOURS, key=len, reverse=True):
-        if label.startswith(name):
-            return COLOURS[name]
-    return ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")[i % 6]
+def colour(label):
+    """A label's colour: its method's, by the longest name that it starts with; settings of ERG have ERG's."""
+    named = [name for name in COLOURS if label.startswith(name)]
+    return COLOURS[max(named, key=len, default="ERG")]
 
 
 def number(mean, half, signed=False):
@@ -185,7 +183,7 @@ def dots(record):
         for ax, metric in zip(line, metrics):
             for i, label in enumerate(labels):
                 mean, half = around(result, label, metric)
-                ax.errorbar(mean, -i, xerr=None if math.isinf(half) else half, fmt="o", ms=4, lw=1.2, capsize=2, color=colour(label, i))
+                ax.errorbar(mean, -i, xerr=None if math.isinf(half) else half, fmt="o", ms=4, lw=1.2, capsize=2, color=colour(label))
             if metric in result["real"]:
                 ax.axvline(estimate(result["real"][metric])[0], ls=":", lw=0.9, color="black")
             ax.set_yticks([-i for i in range(len(labels))], labels if ax is line[0] else [""] * len(labels), fontsize=7)
