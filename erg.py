@@ -22,12 +22,14 @@ Shapes: B batch, H heads, S queries, N keys, D = d head dimension.
 Needs PyTorch 2.5 or newer and nothing else. MIT licence.
 """
 import contextlib
+import dataclasses
 import math
 import numbers
 import operator
 import re
 import sys
 import threading
+import types
 import weakref
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
@@ -80,6 +82,8 @@ def hopfield_step(xi, X, *, beta=None, tau=1.0, alpha=1.0, gamma=1.0):
 
 
 def _check_energy(tau, alpha, gamma, steps):
+    if torch.compiler.is_compiling():
+        return  # checked before; Dynamo cannot trace all of this
     if not isinstance(tau, Tensor):
         _number("tau", tau, 0)
     _number("alpha", alpha)
@@ -97,18 +101,29 @@ def _check_slice(name, part, length):
         raise ValueError(f"{name}={part} does not fit a dimension of {length}")
 
 
+def _check_tau(tau, rows, q):
+    """An error if the tensor tau does not fit `rows` rows of q."""
+    if tau.shape not in ((), (rows,)) or not tau.is_floating_point() or tau.device != q.device:
+        raise ValueError(f"tau is a tensor of shape {tuple(tau.shape)}, {tau.dtype}, on {tau.device}; it must be a number, "
+                         f"or floating-point of shape ({rows},) on {q.device}, where the queries are")
+
+
+def _fill(view, value):
+    """Set a view to a number or a tensor without a copy from the host, which a CUDA graph would refuse."""
+    return view.copy_(value) if isinstance(value, Tensor) else view.fill_(value)
+
+
 def _temper(q, tau, queries):
     """What q (B, H, S, D) is multiplied with: tau at the chosen queries, 1 elsewhere."""
     if isinstance(tau, Tensor):
-        if tau.shape not in ((), (len(q),)):
-            raise ValueError(f"tau has the shape {tuple(tau.shape)}; it must be a number or of shape ({len(q)},)")
+        _check_tau(tau, len(q), q)
         tau = tau.to(q).reshape(-1, *[1] * (q.dim() - 1))  # (B, 1, 1, 1)
     if queries is None:
         return tau
     _check_slice("queries", queries, q.shape[-2])
-    chosen = torch.zeros(q.shape[-2], 1, dtype=torch.bool, device=q.device)  # (S, 1)
-    chosen[queries] = True
-    return torch.where(chosen, torch.as_tensor(tau, dtype=q.dtype, device=q.device), 1.0)
+    factor = q.new_ones(len(tau) if isinstance(tau, Tensor) else 1, *[1] * (q.dim() - 3), q.shape[-2], 1)
+    _fill(factor[..., queries, :], tau)
+    return factor  # (B or 1, 1, S, 1)
 
 
 def energy_attention(q, k, v, *, tau=1.0, alpha=1.0, gamma=1.0, steps=1, queries=None,
@@ -152,8 +167,37 @@ class AttentionCall:
     query: tuple  # shape, (B, H, S, D)
     key: tuple  # shape, (B, H, N, D)
 
+
+class AttentionCalls(list):
+    """A model's attention calls in order, as AttentionCall; str() is a table of them."""
+
     def __str__(self):
-        return f"{self.kind:>5} {self.number:>3}  {self.module:<36} query {self.query}  key {self.key}"
+        rows = [("kind", "number", "module", "heads", "queries", "keys")]
+        for c in self:
+            heads = c.query[-3] if len(c.query) > 3 else 1
+            rows.append((c.kind, str(c.number), c.module or "(the model)", str(heads), str(c.query[-2]), str(c.key[-2])))
+        widths = [max(map(len, column)) for column in zip(*rows)]
+        lines = ["  ".join(cell.ljust(width) if i in (0, 2) else cell.rjust(width)
+                           for i, (cell, width) in enumerate(zip(row, widths))).rstrip() for row in rows]
+        if any(c.kind == "self" for c in self):
+            lines.append(f"middle third of self-attention: {self.middle_third()}")
+        return "\n".join(lines)
+
+    def middle_third(self, kind="self"):
+        """The middle third of the layers, as a range: where to begin without a better rule (section 4.3).
+
+        Where more than half of the calls have equally many queries, only these count: not a text encoder's
+        own layers in front of the joint ones.
+        """
+        numbers = [c.number for c in self if c.kind == kind]
+        if not numbers:
+            raise ValueError(f"kind={kind!r}: none of the {len(self)} attention calls is of this kind")
+        lengths = [c.query[-2] for c in self if c.kind == kind]
+        usual = max(lengths, key=lengths.count)
+        if 2 * lengths.count(usual) > len(lengths):
+            numbers = [n for n, length in zip(numbers, lengths) if length == usual]
+        n = len(numbers)
+        return range(numbers[n // 3], numbers[n - n // 3 - 1] + 1)
 
 
 def _layers(name, layers):
@@ -161,12 +205,21 @@ def _layers(name, layers):
     if layers is None:
         return None
     try:
-        chosen = frozenset(-1 if isinstance(n, bool) else operator.index(n) for n in layers)
+        given = layers if isinstance(layers, Collection) else ()  # an iterator would be used up
+        chosen = frozenset(-1 if isinstance(n, bool) else operator.index(n) for n in given)
     except TypeError:
         chosen = frozenset()
     if not chosen or min(chosen) < 0:
         raise ValueError(f"{name}={layers!r} must hold layer numbers, none negative, for example range(6, 8)")
     return chosen
+
+
+def _runs(layers):
+    """Layer numbers as (low, high) pairs of contiguous runs: comparisons, which Dynamo need not specialize on."""
+    if layers is None:
+        return ((0, math.inf),)
+    starts, ends = sorted(n for n in layers if n - 1 not in layers), sorted(n + 1 for n in layers if n + 1 not in layers)
+    return tuple(zip(starts, ends))
 
 
 @dataclass(frozen=True)
@@ -190,9 +243,10 @@ class _Rule:
         if energy == (self.attention is not None):
             raise ValueError("give either tau, alpha, gamma or steps, or an attention function: "
                              + ("both are given" if energy else "nothing is given that would change attention"))
-        if self.kind not in ("self", "cross"):
-            raise ValueError(f"kind={self.kind!r} must be 'self' or 'cross'")
+        if self.kind not in ("self", "cross", "all"):
+            raise ValueError(f"kind={self.kind!r} must be 'self', 'cross' or 'all'")
         object.__setattr__(self, "layers", _layers("layers", self.layers))
+        object.__setattr__(self, "runs", _runs(self.layers))
         for name in ("rows", "queries"):
             if not isinstance(getattr(self, name), (slice, type(None))):
                 raise TypeError(f"{name}={getattr(self, name)!r} must be a slice")
@@ -200,16 +254,13 @@ class _Rule:
             raise ValueError(f"queries={self.queries} has no effect without tau")
 
     def chooses(self, kind, number):
-        return kind == self.kind and (self.layers is None or number in self.layers)
+        return kind == self.kind and any(low <= number < high for low, high in self.runs)
 
     def attend(self, query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
         """The rectified answer to one call of scaled_dot_product_attention."""
         if dropout_p:
             raise ValueError(f"dropout_p={dropout_p} in a rectified attention call: put the model in evaluation mode")
         options = dict(attn_mask=attn_mask, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa)
-        if self.batch is not None and len(query) != self.batch:
-            raise ValueError(f"an attention call has {len(query)} rows where {self.batch} were expected: the model folds "
-                             "other dimensions into the batch; use two passes (batched=False)")
         if self.rows is None:
             return self.rectified(query, key, value, **options)
         if query.dim() != 4:
@@ -217,8 +268,10 @@ class _Rule:
         _check_slice("rows", self.rows, len(query))
         rows = self.rows
         if self.attention is None and (self.alpha, self.gamma, self.steps) == (1, 1, 1):  # one call for all rows
-            tau = torch.ones(len(query), device=query.device, dtype=query.dtype)
-            tau[rows] = self.tau.to(tau) if isinstance(self.tau, Tensor) else self.tau
+            tau = query.new_ones(len(query))
+            if isinstance(self.tau, Tensor):
+                _check_tau(self.tau, len(tau[rows]), query)
+            _fill(tau[rows], self.tau)
             return energy_attention(query, key, value, tau=tau, queries=self.queries, **options)
         if any(mode.forward_pass.rule and mode.forward_pass.rule.rows is not None for mode in _outer_contexts()):
             raise ValueError(f"rows={self.rows} with alpha, gamma, steps or attention is computed on these rows alone, so "
@@ -235,6 +288,10 @@ class _Rule:
             return energy_attention(q, k, v, tau=1.0 if self.tau is None else self.tau, alpha=self.alpha,
                                     gamma=self.gamma, steps=self.steps, queries=self.queries, **options)
         out = self.attention(q, k, v, **options)
+        wanted = ((*q.shape[:-1], v.shape[-1]), q.dtype, q.device)
+        if (tuple(out.shape), out.dtype, out.device) != wanted:
+            raise ValueError(f"attention={self.attention!r} returned {tuple(out.shape)}, {out.dtype}, on {out.device}; it must "
+                             f"be {wanted[0]}, {q.dtype}, on {q.device}, as the queries")
         if self.queries is None:
             if _outer_contexts():  # they number this call only if they see one
                 F.scaled_dot_product_attention(q, k, v, **options)
@@ -251,10 +308,15 @@ class _Intercept(torch.overrides.TorchFunctionMode):
         super().__init__()
         self.forward_pass = forward_pass
 
-    def __torch_function__(self, function, types, args=(), kwargs=None):
+    def __torch_function__(self, function, _, args=(), kwargs=None):
         if function is F.scaled_dot_product_attention:
             return self.forward_pass.answer(*args, **(kwargs or {}))
+        if torch.compiler.is_compiling() and function.__name__ in _PYTHON_METHODS and isinstance(args[0], Tensor):
+            return getattr(args[0], function.__name__)(*args[1:], **(kwargs or {}))  # Dynamo would fail at its super()
         return function(*args, **(kwargs or {}))
+
+
+_PYTHON_METHODS = frozenset(name for name, method in vars(Tensor).items() if isinstance(method, types.FunctionType))
 
 
 def _outer_contexts():
@@ -265,26 +327,33 @@ def _outer_contexts():
 _thread = threading.local()  # .call: the model's call that is being answered, so that nested contexts count it once
 
 
+class _Call:
+    """Stands for one attention call of the model."""
+
+
 class _Pass:
     """One forward pass: numbers its attention calls and rectifies the chosen ones. No rule: only lists them."""
 
     def __init__(self, rule=None):
         self.rule, self.active, self.full = rule, True, True
         self.paused = False  # the model was entered again before this pass ended
-        self.calls, self.owners, self.counts = [], [], {"self": 0, "cross": 0}
-        self.last, self.chosen, self.done = None, False, set()
+        self.batches = {rule.batch} if rule and rule.batch is not None else set()  # rows that calls may have; empty: any
+        self.calls, self.owners, self.counts = [], [], {"self": 0, "cross": 0, "all": 0}
+        self.last, self.chosen = None, False
 
     def answer(self, *args, **kwargs):
         """Answer one call of scaled_dot_product_attention."""
         _refuse_recomputation()
-        if self.paused:
+        if self.paused or _runs_a_compiled_graph():
             return F.scaled_dot_product_attention(*args, **kwargs)
         outer = getattr(_thread, "call", None)
         if outer is None or outer is not self.last:  # else it is a further step of an inner context, counted before
             self.chosen = self.count(*args, **kwargs)
-        self.last = _thread.call = outer or object()
+        self.last = _thread.call = outer or _Call()
         try:
             if self.chosen:
+                if self.batches and not torch.compiler.is_compiling():
+                    self.check_batch(*args, **kwargs)
                 return self.rule.attend(*args, **kwargs)
             return F.scaled_dot_product_attention(*args, **kwargs)
         finally:
@@ -293,27 +362,36 @@ class _Pass:
     def count(self, query, key, *args, **kwargs):
         """Number this call; whether it is of a chosen layer."""
         kind = "self" if query.shape[-2] == key.shape[-2] else "cross"
-        number = self.counts[kind]
-        self.counts[kind] += 1
+        number, position = self.counts[kind], self.counts["all"]
+        self.counts[kind], self.counts["all"] = number + 1, position + 1
         if self.full and not torch.compiler.is_compiling():
             self.calls.append((kind, number, tuple(query.shape), tuple(key.shape)))
             self.owners.append(_running_module())
-        chosen = self.rule is not None and self.rule.chooses(kind, number)
-        if chosen:
-            self.done.add(number)
-        return chosen
+        return self.rule is not None and (self.rule.chooses(kind, number) or self.rule.chooses("all", position))
+
+    def check_batch(self, query, *args, **kwargs):
+        """An error if the rows of an attention call are not the model's."""
+        if len(query) not in self.batches:
+            raise ValueError(f"an attention call has {len(query)} rows where {sorted(self.batches)} were expected: the model "
+                             "folds space or time into the batch, or goes through it in a loop, so that rows would be "
+                             "others; use two passes, one plain and one rectified without rows (batched=False)")
+
+    def done(self):
+        """Whether no chosen layer is still to come."""
+        return self.counts[self.rule.kind] >= self.rule.runs[-1][1]
 
     def check(self):
         """After the forward: an error unless every chosen layer was rectified."""
-        layers = self.rule.layers
-        missed = sorted(layers - self.done) if layers is not None else [] if self.done else [0]
-        if missed:
+        count, layers = self.counts[self.rule.kind], self.rule.layers
+        if count == 0 or not (layers is None or self.done()):
+            missed = min(n for n in layers or {0} if n >= count)
             raise RuntimeError(
-                f"layers={layers and sorted(layers)}: no attention call {missed[0]} was rectified, because this forward "
-                f"made {self.counts[self.rule.kind]} {self.rule.kind}-attention calls through F.scaled_dot_product_"
-                "attention (numbered from 0; erg.attention_calls lists them). Attention that runs elsewhere cannot be "
-                "reached: load transformers models with attn_implementation='sdpa', choose PyTorch's native back end, "
-                "and replace nn.MultiheadAttention and nn.TransformerEncoder by modules that call it")
+                f"layers={layers and sorted(layers)}: no attention call {missed} was rectified, because this forward "
+                f"made {count} attention calls of kind {self.rule.kind!r} through F.scaled_dot_product_"
+                "attention (numbered from 0; erg.attention_calls lists them; see kind for those that are not 'self'). "
+                "Attention that runs elsewhere cannot be reached: load transformers models with attn_implementation='sdpa' "
+                "(or give erg.encode their query projections), choose PyTorch's native back end, and replace nn.MultiheadAttention and nn.TransformerEncoder by modules "
+                "that call it")
 
 
 def _running_module():
@@ -324,33 +402,71 @@ def _running_module():
     return frame and frame.f_locals["self"]
 
 
+def _runs_a_compiled_graph():
+    """Whether the caller is a graph that Dynamo made, run by torch.compile's debugging back end "eager".
+
+    The interception was traced into it; every other back end makes no torch calls that could be seen again.
+    """
+    frame = None if torch.compiler.is_compiling() else sys._getframe(3)
+    if frame is None or not frame.f_code.co_filename.startswith("<eval_with_key>"):
+        return False
+    while frame is not None and not any(name.startswith("__compiled_fn") for name in frame.f_code.co_names):
+        frame = frame.f_back
+    return frame is not None
+
+
 def _refuse_recomputation():
     if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
         raise RuntimeError("a rectified forward is computed again during backward(), which cannot be numbered: "
                            "turn activation checkpointing off")
 
 
-_attending = weakref.WeakKeyDictionary()  # model -> classes of its modules that attend, learned in its first forward
+_attending = weakref.WeakKeyDictionary()  # model -> {which arguments are given: classes of its modules that attend}
 _attached = weakref.WeakKeyDictionary()  # model -> its _Attachments that are open, the outermost first
+_calls_within = weakref.WeakKeyDictionary()  # compiled part of a model -> {kind: attention calls that it makes}
+_around = weakref.WeakKeyDictionary()  # compiled module -> what open contexts do before and after its call
+
+
+def _given(args, kwargs):
+    """Which arguments a forward has: a model may attend elsewhere with others, with an image for example."""
+    return len(args), tuple(x is None for x in args), tuple(sorted(name for name, x in kwargs.items() if x is not None))
+
+
+def _is_compiled(module):
+    return module._compiled_call_impl is not None or "_orig_mod" in module._modules
 
 
 class _Attachment:
     """A rule at work on a module: one _Pass for each of its forwards, in the thread that opened the context.
 
     To intercept every torch call of a forward costs 1.6 microseconds a call. So that is done only in a
-    model's first forward, which shows the classes of the modules that attend; later ones intercept only
-    while a module of these classes runs, and only until all chosen layers are done.
+    model's first forward, which shows the classes of the modules that attend; later ones with the same
+    arguments given intercept only while a module of these classes runs, and only until all chosen layers are done.
+    Compiled parts of the model (blocks) run uncompiled in that first forward, which shows how many calls each
+    makes. Later each has a numbering of its own, so that equal blocks share at most two graphs.
     """
 
     def __init__(self, model, rule, when):
         self.model, self.rule, self.when, self.thread = model, rule, when, threading.get_ident()
-        self.passes, self.modes, self.handles, self.forwards, self.narrow = [], [], [], 0, False
+        self.passes, self.modes, self.entries, self.removals = [], [], [], []
+        self.forwards, self.followed, self.stance = 0, set(), None
+        self.parts, inside = [], set()  # compiled parts; all that they hold
+        for module in model.modules():
+            if module is not model and module not in inside and not _is_compiled(model) and _is_compiled(module):
+                self.parts.append(module)
+                inside.update(module.modules())
+        self.outside = [module for module in model.modules() if module not in inside]
         self.hook(model, self.enter, self.leave)
+        for part in self.parts:
+            self.hook(part, lambda args, kwargs, part=part: self.enter_part(part), self.leave_part)
         _attached.setdefault(model, []).append(self)
         self.follow()
 
     def hook(self, module, enter, leave):
         def is_mine(called):  # not a deep copy that carries the hooks along, and not another thread
+            if torch.compiler.is_compiling():
+                raise RuntimeError("a rectified module is compiled together with its hooks: give rectify the module that "
+                                   "torch.compile returned, or call .compile() on it before")
             return called is module and threading.get_ident() == self.thread
 
         def before(called, args, kwargs):
@@ -361,8 +477,12 @@ class _Attachment:
             if is_mine(called):
                 leave(output)  # None if the forward failed
 
-        self.handles += [module.register_forward_pre_hook(before, with_kwargs=True),  # the last to enter
-                         module.register_forward_hook(after, always_call=True, prepend=True)]  # is the first to leave
+        if module._compiled_call_impl is not None:  # hooks of its own would be compiled along
+            self.removals.append(_go_around(module, before, after))
+            return
+        handles = [module.register_forward_pre_hook(before, with_kwargs=True),  # the last to enter
+                   module.register_forward_hook(after, always_call=True, prepend=True)]  # is the first to leave
+        self.removals += [handle.remove for handle in handles]
 
     def enter(self, args, kwargs):
         for outer in self.passes[-1:]:
@@ -370,8 +490,13 @@ class _Attachment:
         this = _Pass(self.rule)
         self.passes.append(this)
         self.forwards += 1
-        this.full, this.active = not self.narrow, self.when is None or bool(self.when(*args, **kwargs))
-        self.push(this.active and this.full)
+        if self.rule.rows is not None and not this.batches:
+            this.batches = {len(x) for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor) and x.dim()}
+        this.given = _given(args, kwargs)
+        this.full, this.active = this.given not in _attending.get(self.model, {}), self.when is None or bool(self.when(*args, **kwargs))
+        self.push(this, this.active and this.full)
+        if self.parts and this.active and this.full and self.stance is None:
+            self.stance = torch.compiler.set_stance("force_eager")
 
     def leave(self, output):
         if not self.passes:  # another hook failed before `enter`
@@ -380,23 +505,67 @@ class _Attachment:
         this = self.passes.pop()
         for outer in self.passes[-1:]:
             outer.paused = False
+        if not self.passes:
+            self.leave_stance()
         if output is not None and this.active:
             if this.full and not self.passes:
                 self.learn(this)
             this.check()
 
+    def leave_stance(self):
+        if self.stance is not None:
+            self.stance.__exit__(None, None, None)
+            self.stance = None
+
     def enter_attention(self, args, kwargs):
         if not self.passes:
             _refuse_recomputation()
         this = self.passes[-1] if self.passes else None
-        inside = any(mode is not None and mode.forward_pass is this for mode in self.modes)  # another attending module
-        self.push(this is not None and this.active and not this.full and not inside and this.rule.layers != this.done)
+        really = this is not None and this.active and not this.full and not self.intercepts(this) and not this.done()
+        self.push(this, really)
 
     def leave_attention(self, output):
         self.pop()
 
-    def push(self, really):
-        self.modes.append(_Intercept(self.passes[-1]) if really else None)
+    def enter_part(self, part):
+        """A compiled part has a pass of its own, which starts at 0, over the layers that are chosen in it."""
+        this, local, before, chosen = self.passes[-1] if self.passes else None, None, None, False
+        if this is not None and this.active:
+            before = dict(this.counts)
+            if not this.full and not self.intercepts(this):
+                if part in _calls_within:
+                    base, within = this.counts[self.rule.kind], _calls_within[part][self.rule.kind]
+                    chosen = [n for n in range(within) if self.rule.chooses(self.rule.kind, base + n)]
+                    local = _Pass(dataclasses.replace(self.rule, layers=chosen) if chosen else self.rule)
+                    local.batches = this.batches
+                else:  # it did not run in the forward that was learned
+                    chosen = True
+        self.entries.append((part, before, local))
+        self.push(local or this, bool(chosen))
+
+    def leave_part(self, output):
+        self.pop()
+        part, before, local = self.entries.pop() if self.entries else (None, None, None)
+        if before is None or output is None:
+            return
+        this = self.passes[-1]
+        if local is not None:
+            if sum(local.counts.values()) and local.counts != _calls_within[part]:
+                raise RuntimeError(f"a compiled {type(part).__name__} made {local.counts} attention calls, and "
+                                   f"{_calls_within[part]} before: compile the whole model instead")
+            this.counts = {kind: before[kind] + n for kind, n in _calls_within[part].items()}
+        else:
+            made = {kind: this.counts[kind] - n for kind, n in before.items()}
+            if _calls_within.setdefault(part, made) != made:
+                raise RuntimeError(f"a compiled {type(part).__name__} made {made} attention calls, and "
+                                   f"{_calls_within[part]} before: compile the whole model instead")
+
+    def intercepts(self, this):
+        """Whether a module further out intercepts for this pass already."""
+        return any(mode is not None and mode.forward_pass is this for mode in self.modes)
+
+    def push(self, this, really):
+        self.modes.append(_Intercept(this) if really else None)
         if really:
             self.modes[-1].__enter__()
 
@@ -406,24 +575,61 @@ class _Attachment:
             mode.__exit__(None, None, None)
 
     def learn(self, this):
-        if this.owners and set(this.owners) <= set(self.model.modules()):
-            _attending[self.model] = {type(owner) for owner in this.owners}
+        seen_all = len(this.owners) == this.counts["all"] > 0  # not in a model that is compiled as a whole
+        if seen_all and set(this.owners) <= set(self.model.modules()):
+            _attending.setdefault(self.model, {})[this.given] = {type(owner) for owner in this.owners}
             for attachment in _attached[self.model]:
                 attachment.follow()
 
     def follow(self):
-        if not self.narrow and self.model in _attending:
-            self.narrow = True
-            for module in self.model.modules():
-                if type(module) in _attending[self.model]:
-                    self.hook(module, self.enter_attention, self.leave_attention)
+        classes = set().union(*_attending.get(self.model, {}).values())
+        for module in self.outside:
+            if type(module) in classes and module not in self.followed:
+                self.followed.add(module)
+                self.hook(module, self.enter_attention, self.leave_attention)
 
     def close(self):
         _attached[self.model].remove(self)
-        for handle in self.handles:
-            handle.remove()
+        for remove in self.removals:
+            remove()
         while self.modes:  # a KeyboardInterrupt runs no hooks
             self.pop()
+        self.leave_stance()
+
+
+def _go_around(module, before, after):
+    """before and after around the compiled call of a module, as its hooks would be; returns what removes them."""
+    pairs = _around.setdefault(module, [])
+    if not pairs:
+        compiled = module._compiled_call_impl
+
+        def call(*args, **kwargs):
+            entered, output = list(pairs), None
+            for before, _ in entered:
+                before(module, args, kwargs)
+            try:
+                output = compiled(*args, **kwargs)
+            finally:
+                for _, after in reversed(entered):
+                    after(module, args, output)
+            return output
+
+        call.compiled = compiled
+        module._compiled_call_impl = call
+    pairs.append((before, after))
+
+    def remove():
+        pairs.remove((before, after))
+        if not pairs:
+            module._compiled_call_impl = module._compiled_call_impl.compiled
+
+    return remove
+
+
+def _refuse_training(model):
+    if isinstance(model, nn.Module) and model.training:
+        raise ValueError(f"{type(model).__name__} is in training mode, where dropout would add to what rectifying "
+                         "changes: call its eval() first")
 
 
 @contextlib.contextmanager
@@ -436,8 +642,9 @@ def rectify(model=None, *, tau=None, alpha=1.0, gamma=1.0, steps=1, layers=None,
     without one, the whole context is one forward.
 
     tau, alpha, gamma, steps: as in `energy_attention`; tau may be a tensor, one entry a (chosen) row.
-    layers: a collection of layer numbers among the calls of `kind`, "self" (as many queries as keys) or
-        "cross"; None is all of them. `attention_calls` lists a model's calls.
+    layers: a collection of layer numbers among the calls of `kind`: "self" (as many queries as keys), "cross",
+        or "all" in their order; None is all of them. `attention_calls` lists a model's calls. "all" is for
+        models that give their queries other tokens' keys, too, or whose text is as long as the image.
     rows, queries: slices of the batch and of the queries; the others keep ordinary attention. As in
         Listing 2, `queries` restricts tau alone; alpha, gamma and steps act on all tokens of the rows.
     attention: a function (q, k, v, **options of SDPA) -> out in place of `energy_attention`, for other
@@ -445,14 +652,17 @@ def rectify(model=None, *, tau=None, alpha=1.0, gamma=1.0, steps=1, layers=None,
     when: a function of the arguments of the model's forward; where it returns False, that forward is
         ordinary. This is kappa inside somebody else's sampling loop.
     batch: the rows that every rectified call must have; an error if the model folds space or time into them.
+        By default, with `rows` and a model: the first dimension of one of its arguments.
 
     The model is left as it was, also after an exception. Contexts nest; of two on one module the inner one is
     applied first. All this holds in the thread that opened the context, and for inference: gradients flow, but
     activation checkpointing would repeat a forward without its context.
-    Raises RuntimeError when a forward ends without having met every chosen layer, or when the context
-    ends without a forward: nothing is ever silently left out.
+    The model may be compiled, with torch.compile(model) or model.compile(), before the context is opened.
+    Raises ValueError for a model in training mode, and RuntimeError when a forward ends without having met
+    every chosen layer, or when the context ends without a forward: nothing is ever silently left out.
     """
     rule = _Rule(tau, alpha, gamma, steps, layers, rows, queries, attention, kind, batch)
+    _refuse_training(model)
     if model is None:
         if when is not None:
             raise ValueError("when=... is asked at the start of a module's forward: give the module, too")
@@ -474,13 +684,16 @@ def rectify(model=None, *, tau=None, alpha=1.0, gamma=1.0, steps=1, layers=None,
 
 
 def attention_calls(function, *args, **kwargs):
-    """Run function(*args, **kwargs) once, and list its attention calls in order, as AttentionCall."""
+    """Run function(*args, **kwargs) once, and list its attention calls in order: print the result for a table.
+
+    Compiled modules run uncompiled here. Returns AttentionCalls, a list of AttentionCall.
+    """
     this, function = _Pass(), getattr(function, "_orig_mod", function)  # of a compiled module, the module itself
-    with _Intercept(this), torch.no_grad():
+    with _Intercept(this), torch.no_grad(), torch.compiler.set_stance("force_eager"):
         function(*args, **kwargs)
     names = {m: name for name, m in function.named_modules()} if isinstance(function, nn.Module) else {}
-    return [AttentionCall(kind, number, names.get(owner, type(owner).__name__), query, key)
-            for owner, (kind, number, query, key) in zip(this.owners, this.calls)]
+    return AttentionCalls(AttentionCall(kind, number, names.get(owner, type(owner).__name__), query, key)
+                          for owner, (kind, number, query, key) in zip(this.owners, this.calls))
 
 
 # ------------------------------------------------------------------------------------------------
@@ -499,39 +712,55 @@ def encode(encoder, *args, tau, layers=None, projections=None, **kwargs):
     Raises ValueError if QK-norm follows a projection and would undo it, and RuntimeError if the weak
     encoding comes out equal to the other one.
     """
-    strong = encoder(*args, **kwargs)
+    _refuse_training(encoder)
     if projections is None:
+        strong = encoder(*args, **kwargs)
         with rectify(encoder if isinstance(encoder, nn.Module) else None, tau=tau, layers=layers):
             weak = encoder(*args, **kwargs)
     else:
-        if layers is not None:
-            raise ValueError(f"layers={layers!r} has no effect with projections: list the projections of these layers")
-        _number("tau", tau, 0)
-        _refuse_qk_norm(encoder, projections)
-        handles = [p.register_forward_hook(lambda module, inputs, output: output * tau) for p in projections]
+        projections = _check_projections(encoder, projections, tau, layers)
+        strong = encoder(*args, **kwargs)
+        fired = set()
+
+        def temper(module, inputs, output):
+            fired.add(module)
+            return output * tau
+
+        handles = [p.register_forward_hook(temper) for p in projections]
         try:
             weak = encoder(*args, **kwargs)
         finally:
             for handle in handles:
                 handle.remove()
+        if len(fired) < len(projections):
+            raise RuntimeError(f"{len(projections) - len(fired)} of {len(projections)} projections did not run when the "
+                               "encoder did: are they its own?")
     pairs = [(a, b) for a, b in zip(pytree.tree_leaves(strong), pytree.tree_leaves(weak)) if isinstance(a, Tensor)]
     if tau != 1 and pairs and all(torch.allclose(a, b, rtol=1e-5, atol=1e-6) for a, b in pairs):
         raise RuntimeError(f"tau={tau} left the encoding as it was: something after the chosen queries undoes the scale "
-                           "(normalization, linear attention), or their attention does not reach the output")
+                           "(normalization, linear attention), their attention does not reach the output, or the text is one token")
     return strong, weak
 
 
-def _refuse_qk_norm(encoder, projections):
-    modules = list(encoder.modules()) if isinstance(encoder, nn.Module) else []
+def _check_projections(encoder, projections, tau, layers):
+    """The projections as a list, or an error."""
+    if layers is not None:
+        raise ValueError(f"layers={layers!r} has no effect with projections: list the projections of these layers")
+    _number("tau", tau, 0)
+    projections = list(projections) if not isinstance(projections, (nn.Module, str)) else [None]
+    if not projections or len(set(projections)) < len(projections) or not all(isinstance(p, nn.Module) for p in projections):
+        raise ValueError("projections must be a list of modules of the encoder, none twice, for example "
+                         "[layer.self_attn.q_proj for layer in encoder.layers[2:6]]")
     for projection in projections:
-        for parent in modules:
+        for parent in encoder.modules() if isinstance(encoder, nn.Module) else ():
             children = dict(parent.named_children())
             pattern = r"(^|_)(q|qk|query)_?(layer_?)?(norm|ln)|(norm|ln)_?(q|query)"
-            norms = [name for name in children if re.search(pattern, name)]
+            norms = [name for name, child in children.items() if re.search(pattern, name) and child is not projection]
             if norms and any(child is projection for child in children.values()):
                 raise ValueError(f"projections: {type(parent).__name__} normalizes its queries ({norms[0]}) after the "
                                  "projection, which undoes tau; leave projections out, and load the encoder with "
-                                 "scaled_dot_product_attention (attn_implementation='sdpa')")
+                                 "scaled_dot_product_attention (attn_implementation='sdpa'), or list its query norms")
+    return projections
 
 
 # ------------------------------------------------------------------------------------------------
@@ -545,7 +774,7 @@ def guide(v_pos, v_neg, w):
     Velocity, noise, data and score are affine in each other with x_t fixed, and the weights sum to 1, so
     it is the same guidance for models that predict any of them.
     """
-    return w * v_pos + (1 - w) * v_neg
+    return v_pos + (w - 1) * (v_pos - v_neg)  # rounds less in half precision, and w = 1 is exactly v_pos
 
 
 @dataclass(frozen=True)
@@ -762,7 +991,7 @@ class Guidance:
             return rectify(model if isinstance(model, nn.Module) else None, tau=s.tau, alpha=s.alpha, gamma=s.gamma,
                            steps=s.steps, layers=s.layers, queries=s.queries, **rows)
 
-        negative = pytree.tree_map(_fill, negative, positive)
+        negative = _match(negative, positive, x, s.batched)
         if s.batched:
             both = torch.cat([x, x])
             conditions = pytree.tree_map(lambda p, n: torch.cat([p, n]) if isinstance(p, Tensor) else p, positive, negative)
@@ -774,9 +1003,23 @@ class Guidance:
             return v_pos, model(x, _times(t, x), negative)
 
 
-def _fill(negative, positive):
-    """A negative condition of one row, such as the null prompt's, repeated for all rows of the positive."""
-    return negative.expand(len(positive), *negative.shape[1:]) if isinstance(negative, Tensor) else negative
+def _match(negative, positive, x, batched):
+    """The negative's condition, one row (the null prompt's) repeated for all of the positive's; an error if they differ in kind."""
+    def one(n, p):
+        if not isinstance(n, Tensor):
+            return n
+        n = n.expand(len(p), *n.shape[1:]) if len(n) == 1 else n
+        same = (n.dtype, n.device) == (p.dtype, p.device) and (n.shape == p.shape or not batched)
+        if not same or (p.is_floating_point() and p.device != x.device):
+            raise ValueError(f"the negative's condition has {tuple(n.shape)}, {n.dtype}, on {n.device} where the condition "
+                             f"has {tuple(p.shape)}, {p.dtype}, on {p.device}, and x is on {x.device}: they must agree"
+                             + ("; for other lengths, batched=False" if n.shape != p.shape else ""))
+        return n
+
+    if pytree.tree_structure(negative) != pytree.tree_structure(positive):
+        raise ValueError("the negative's condition is not nested as the condition is: "
+                         f"{pytree.tree_structure(negative)} and {pytree.tree_structure(positive)}")
+    return pytree.tree_map(one, negative, positive)
 
 
 def _times(t, x):

@@ -53,7 +53,7 @@ def test_weak_encoding_by_interception_and_by_projection_agree():
             return x + F.scaled_dot_product_attention(self.q_proj(x)[:, None], self.k_proj(x)[:, None], self.v_proj(x)[:, None])[:, 0]
 
     torch.manual_seed(0)
-    encoder, x = nn.Sequential(*(Plain(8) for _ in range(3))).double(), torch.randn(2, 5, 8, dtype=torch.float64)
+    encoder, x = nn.Sequential(*(Plain(8) for _ in range(3))).double().eval(), torch.randn(2, 5, 8, dtype=torch.float64)
     strong, weak = erg.encode(encoder, x, tau=0.1, layers=[1, 2])
     hooked, by_hook = erg.encode(encoder, x, tau=0.1, projections=[encoder[1].q_proj, encoder[2].q_proj])
     assert torch.equal(strong, encoder(x)) and torch.equal(hooked, strong)
@@ -80,7 +80,7 @@ def test_qk_norm_would_undo_the_hook(model, tokens):
         def forward(self, x):
             return F.scaled_dot_product_attention(self.q_norm(self.q_proj(x)), x, x)
 
-    encoder, x = Normed(), torch.randn(2, 1, 5, 8)
+    encoder, x = Normed().eval(), torch.randn(2, 1, 5, 8)
     with pytest.raises(ValueError, match=r"q_norm.*undoes tau"):
         erg.encode(encoder, x, tau=0.1, projections=[encoder.q_proj])
     strong, weak = erg.encode(encoder, x, tau=0.0)
@@ -99,7 +99,7 @@ def test_linear_attention_undoes_the_hook():
             return (weights @ x) / weights.sum(-1, keepdim=True)
 
     torch.manual_seed(0)
-    encoder = Linear()
+    encoder = Linear().eval()
     with pytest.raises(RuntimeError, match="left the encoding as it was"):
         erg.encode(encoder, torch.randn(2, 5, 8), tau=0.01, projections=[encoder.to_q])
 
@@ -112,7 +112,7 @@ def test_the_weak_encoding_is_all_that_the_encoder_returns():
             return {"tokens": y, "pooled": (y.mean(2), None)}
 
     x = torch.randn(2, 1, 5, 8)
-    strong, weak = erg.encode(Two(), x, tau=0.0)
+    strong, weak = erg.encode(Two().eval(), x, tau=0.0)
     torch.testing.assert_close(weak["pooled"][0], x.mean(2))
     assert (strong["pooled"][0] - weak["pooled"][0]).abs().max() > 1e-3 and weak["pooled"][1] is None
 
@@ -196,7 +196,7 @@ def test_kappa_is_strict_and_in_t(model, inputs, tokens, null):
 
 def test_evaluations_are_counted(model, inputs, tokens, null):
     """2B rows a step; B where w = 1 or the negative equals the positive; on average 2 - kappa in the unconditional case."""
-    x, count = inputs[0], Counter(model)
+    x, count = inputs[0], Counter(model).eval()
 
     def rows(settings, steps=10):
         count.rows.clear()
@@ -265,7 +265,7 @@ def test_an_unconditional_model_and_nested_conditions(inputs):
             return x + F.scaled_dot_product_attention(h, h, h)[:, 0].view_as(x)
 
     x, settings = inputs[0], erg.ERG(w=2.0, tau=0.0, kappa=0.2, negative="same")
-    model = Unconditional()
+    model = Unconditional().eval()
     v = erg.Guidance(settings)(model, x, 0.5)
     weak = x + x.flatten(2).mean(1, keepdim=True).expand(-1, 3, -1).reshape(x.shape)
     torch.testing.assert_close(v, 2 * model(x, 0.5, None) - weak)
@@ -455,3 +455,40 @@ def test_presets_run(tokens, null):
     condition, negative = settings.encode(model.encoder, tokens, name="clip-vit-l")
     v = erg.Guidance(settings, negative)(model, x, 0.5, condition)
     assert (v - model(x, 0.5, condition)).abs().max() > 1e-3
+
+
+def test_conditions_that_do_not_match_are_named(model, inputs):
+    """A negative condition of another dtype, device, length or nesting is one error that says so, before any forward."""
+    x, t, condition = inputs
+    settings = erg.ERG(w=2.0, tau=0.1, layers=[2])
+
+    def refuse(*args, **kwargs):
+        raise AssertionError("the model must not run")
+
+    for negative, given, message in (
+            (condition.float(), condition, "torch.float32, on cpu where the condition has .*torch.float64"),
+            (condition.to("meta"), condition, "on meta where the condition has"),
+            (condition[:, :3], condition, r"\(4, 3, 32\).*batched=False"),
+            ((condition, condition), condition, "is not nested as the condition is"),
+            (condition.to("meta"), condition.to("meta"), "and x is on cpu")):
+        with pytest.raises(ValueError, match=message):
+            erg.Guidance(settings, negative)(refuse, x, 0.5, given)
+    two = dataclasses.replace(settings, batched=False)  # other lengths do with two passes
+    assert erg.Guidance(two, condition[:, :3])(model, x, 0.5, condition).shape == x.shape
+
+
+def test_guidance_in_half_precision():
+    """In bfloat16 the guided prediction is as exact as the result can be written, and w = 1 is the positive one."""
+    generator = torch.Generator().manual_seed(0)
+    v_pos = torch.randn(10000, generator=generator).bfloat16()
+    v_neg = (v_pos - 0.1 * torch.randn(10000, generator=generator)).bfloat16()
+    exact = 5.0 * v_pos.double() + (1 - 5.0) * v_neg.double()
+    error = (erg.guide(v_pos, v_neg, 5.0).double() - exact).norm() / (exact - v_pos).norm()
+    assert error < 1.5 * (exact.bfloat16().double() - exact).norm() / (exact - v_pos).norm()
+    assert torch.equal(erg.guide(v_pos, v_neg, 1.0), v_pos)
+
+
+def test_layers_that_would_be_used_up():
+    """An iterator of layers is refused: it would be empty at the second use."""
+    with pytest.raises(ValueError, match="layers=<generator"):
+        erg.ERG(w=2.0, tau=0.1, layers=(n for n in range(3)))

@@ -111,13 +111,17 @@ def test_attention_calls_lists_numbers_shapes_and_modules(model, inputs):
     assert [(c.kind, c.number, c.module, c.query, c.key) for c in calls] == [
         ("self", 0, "", (2, 3, 5, 4), (2, 3, 5, 4)), ("cross", 0, "", (2, 3, 5, 4), (2, 3, 7, 4)),
         ("self", 1, "", (2, 3, 5, 4), (2, 3, 5, 4))]
-    assert "cross   0" in str(calls[1])
+    assert str(calls).splitlines() == ["kind   number  module       heads  queries  keys",
+                                       "self        0  (the model)      3        5     5",
+                                       "cross       0  (the model)      3        5     7",
+                                       "self        1  (the model)      3        5     5",
+                                       "middle third of self-attention: range(0, 2)"]
 
 
 def test_self_and_cross_attention_are_numbered_apart():
     """kind="self" is the default and skips cross-attention; kind="cross" reaches it alone."""
     x, y = torch.randn(2, 3, 5, 4), torch.randn(2, 3, 7, 4)
-    model, attend = Joint(), F.scaled_dot_product_attention
+    model, attend = Joint().eval(), F.scaled_dot_product_attention
     for _ in range(2):
         with erg.rectify(model, tau=0.0, layers=[1]):
             result = model(x, y)
@@ -211,7 +215,7 @@ def test_a_model_inside_itself():
         x = attend(x, first)
         return attend(x + inner(x), second)
 
-    model, x = Nested(), torch.randn(2, 3, 5, 4, dtype=torch.float64)
+    model, x = Nested().eval(), torch.randn(2, 3, 5, 4, dtype=torch.float64)
     for _ in range(2):
         with erg.rectify(model, tau=0.1, layers=[0]):
             torch.testing.assert_close(model(x), reference(x, 0.1, 1.0), rtol=0, atol=1e-12)
@@ -307,7 +311,7 @@ def test_only_inside_the_given_module(model, inputs):
 def test_layers_out_of_range(model, inputs):
     """A layer that the model does not have is an error that names it and the number of calls."""
     for scoped in (model, None, model):
-        with pytest.raises(RuntimeError, match="no attention call 6 .* 6 self-attention calls"):
+        with pytest.raises(RuntimeError, match="no attention call 6 .* 6 attention calls of kind 'self'"):
             with erg.rectify(scoped, tau=0.1, layers=[2, 6]):
                 model(*inputs)
 
@@ -331,7 +335,7 @@ def test_eager_attention_raises():
         def forward(self, x):
             return torch.softmax(x @ x.mT, -1) @ x
 
-    model, x = Eager(), torch.randn(2, 5, 8)
+    model, x = Eager().eval(), torch.randn(2, 5, 8)
     for scoped in (model, None):
         with pytest.raises(RuntimeError, match="sdpa"):
             with erg.rectify(scoped, tau=0.1):
@@ -348,7 +352,7 @@ def test_a_module_that_never_runs_raises(model, inputs):
 @pytest.mark.parametrize("wrong, message", [
     (dict(), "nothing is given"), (dict(gamma=0.5, queries=slice(4)), "queries=slice(None, 4, None) has no effect"), (dict(tau=0.1, attention=lambda q, k, v: v), "both are given"),
     (dict(tau=0.1, layers=[]), "layers=[]"), (dict(tau=0.1, layers=[-1]), "layers=[-1]"), (dict(tau=0.1, layers=3), "layers=3"),
-    (dict(tau=0.1, kind="all"), "kind='all'"), (dict(tau=-1.0), "tau=-1.0"),
+    (dict(tau=0.1, kind="any"), "kind='any'"), (dict(tau=-1.0), "tau=-1.0"),
 ])
 def test_bad_arguments_are_named(model, inputs, wrong, message):
     """A wrong argument is one error that names it and its value, before any forward."""
@@ -400,14 +404,14 @@ def test_skipped_blocks_are_numbered_as_they_run(model, inputs):
             finally:
                 self.model.blocks = blocks
 
-    skipping = Skipping(model)
+    skipping = Skipping(model).eval()
     for used in ([0, 2, 4], [0, 1, 2, 3, 4, 5], [5, 3]):
         skipping.used = used
         with erg.rectify(skipping, tau=0.1, layers=[1]):
             result = skipping(*inputs)
         changed = by_hand(model, [used[1]], slice(None), None, tau=0.1)
         torch.testing.assert_close(result, Skipping.forward(type("", (), dict(model=changed, used=used))(), *inputs))
-    with pytest.raises(RuntimeError, match="2 self-attention calls"):
+    with pytest.raises(RuntimeError, match="2 attention calls of kind 'self'"):
         with erg.rectify(skipping, tau=0.1, layers=[2]):
             skipping(*inputs)
 
@@ -428,7 +432,7 @@ def test_attention_inside_attending_modules_and_shared_modules():
         def forward(self, x):  # 0, then the child's 1 and 2
             return self.child(self.child.forward(x + attend(x, x, x)))
 
-    model, x = nn.Sequential(Parent(), Parent()), torch.randn(2, 3, 5, 4, dtype=torch.float64)
+    model, x = nn.Sequential(Parent(), Parent()).eval(), torch.randn(2, 3, 5, 4, dtype=torch.float64)
     for layer in range(6):
         expected = x
         for n in range(6):
@@ -494,9 +498,9 @@ def test_a_batch_that_holds_more_than_samples_is_refused():
             w = x.unflatten(1, (2, 4)).flatten(0, 1)[:, None]  # (2 B, 1, 4, D)
             return F.scaled_dot_product_attention(w, w, w)[:, 0].unflatten(0, (-1, 2)).flatten(1, 2)
 
-    model, x = Windows(), torch.randn(3, 8, 4)
+    model, x = Windows().eval(), torch.randn(3, 8, 4)
     settings = erg.ERG(w=2.0, tau=0.1, negative="same")
-    with pytest.raises(ValueError, match="has 12 rows where 6 were expected.*batched=False"):
+    with pytest.raises(ValueError, match=r"has 12 rows where \[6\] were expected.*batched=False"):
         erg.Guidance(settings)(model, x, 0.5)
     two = erg.Guidance(erg.ERG(w=2.0, tau=0.1, negative="same", batched=False))(model, x, 0.5)
     with erg.rectify(model, tau=0.1):
@@ -517,7 +521,7 @@ def test_rows_of_nested_contexts(model, inputs):
 
 def test_what_is_learned_of_a_model_does_not_keep_it_alive():
     """The plan of a model is dropped with it."""
-    model = Joint()
+    model = Joint().eval()
     with erg.rectify(model, tau=0.1):
         model(torch.randn(1, 1, 5, 4), torch.randn(1, 1, 7, 4))
     watch = weakref.ref(model)
@@ -563,3 +567,141 @@ def test_being_active_costs_next_to_nothing(inputs):
 
         active = fastest(lambda: model(*args))
     assert active < 1.1 * fastest(lambda: model(*args)) + 1e-3
+
+
+def test_all_calls_in_their_order():
+    """kind="all" numbers calls whatever their lengths; "self" would count a text as long as the image among its own."""
+    model, attend = Joint().eval(), F.scaled_dot_product_attention
+    for length in (7, 5):  # 5: as long as x
+        x, y = torch.randn(2, 3, 5, 4, dtype=torch.float64), torch.randn(2, 3, length, 4, dtype=torch.float64)
+        first = x + attend(x, x, x)
+        second = first + erg.energy_attention(first, y, y, tau=0.1)
+        for scoped in (model, None):
+            with erg.rectify(scoped, tau=0.1, layers=[1], kind="all"):
+                torch.testing.assert_close(model(x, y), second + attend(second, second, second), rtol=0, atol=1e-12)
+        assert [c.kind for c in erg.attention_calls(model, x, y)] == ["self", "cross" if length == 7 else "self", "self"]
+        with pytest.raises(RuntimeError, match="no attention call 3 .* 3 attention calls of kind 'all'"):
+            with erg.rectify(model, tau=0.1, layers=[3], kind="all"):
+                model(x, y)
+
+
+def test_the_middle_third():
+    """The middle third of a model's layers leaves out a text encoder's own; a tie leaves out none; no layer is an error."""
+    def calls(*lengths):
+        numbers = {"self": 0, "cross": 0}
+        made = erg.AttentionCalls()
+        for queries, keys in lengths:
+            kind = "self" if queries == keys else "cross"
+            made.append(erg.AttentionCall(kind, numbers[kind], "m", (1, 2, queries, 8), (1, 2, keys, 8)))
+            numbers[kind] += 1
+        return made
+
+    assert calls(*[(9, 9)] * 12).middle_third() == range(4, 8)
+    assert calls(*[(9, 9)] * 7).middle_third() == range(2, 5)
+    assert calls((9, 9)).middle_third() == range(0, 1)
+    assert calls(*[(4, 4)] * 2, *[(9, 9), (9, 4)] * 6).middle_third() == range(4, 6)
+    assert calls(*[(4, 4)] * 3, *[(9, 9)] * 3).middle_third() == range(2, 4)
+    assert calls((9, 9), (9, 4), (9, 4), (9, 4)).middle_third("cross") == range(1, 2)
+    with pytest.raises(ValueError, match="kind='self': none of the 1 attention calls"):
+        calls((9, 4)).middle_third()
+    assert "middle third" not in str(calls((9, 4)))
+
+
+def test_training_mode_is_refused(model, inputs):
+    """A model in training mode is an error before anything runs; attention_calls lists it all the same."""
+    plain = model(*inputs)
+    model.train()
+    with pytest.raises(ValueError, match="TinyDiT is in training mode.*eval"):
+        with erg.rectify(model, tau=0.1):
+            raise AssertionError("the body must not run")
+    with pytest.raises(ValueError, match="training mode"):
+        erg.Guidance(erg.ERG(w=2.0, tau=0.1, negative="same"))(model, *inputs[:1], 0.5, inputs[2])
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    assert len(erg.attention_calls(model, *inputs)) == 6 and torch.equal(model.eval()(*inputs), plain)
+
+
+class Text(nn.Module):
+    def forward(self, x):
+        return x + F.scaled_dot_product_attention(x, x, x)
+
+
+class Image(nn.Module):
+    def forward(self, x):
+        return x + F.scaled_dot_product_attention(x, x, x)
+
+
+class Sees(nn.Module):
+    """Looks at an image first if there is one, by modules of another class."""
+
+    def __init__(self):
+        super().__init__()
+        self.image, self.text = Image(), nn.ModuleList([Text(), Text()])
+
+    def forward(self, x, image=None):
+        if image is not None:
+            x = x + self.image(image).mean()
+        for block in self.text:
+            x = block(x)
+        return x
+
+
+def test_the_numbering_does_not_depend_on_earlier_forwards():
+    """Modules that attend with some arguments only are numbered where they run, whatever ran before."""
+    x, image = torch.randn(2, 3, 5, 4), torch.randn(2, 3, 6, 4)
+
+    def weak(model, *args, layers=(1,)):
+        with erg.rectify(model, tau=0.1, layers=layers):
+            return model(*args)
+
+    with_image, without = weak(Sees().eval(), x, image), weak(Sees().eval(), x)
+    model = Sees().eval()
+    for _ in range(2):
+        assert torch.equal(weak(model, x), without)
+        assert torch.equal(weak(model, x, image), with_image)
+        assert torch.equal(weak(model, x, None), without)
+        assert torch.equal(weak(model, x, image, layers=(0,)), weak(Sees().eval(), x, image, layers=(0,)))
+    with erg.rectify(model, tau=0.1, layers=[1]):  # both in one context
+        for _ in range(2):
+            assert torch.equal(model(x), without) and torch.equal(model(x, image=image), with_image)
+
+
+class Loop(nn.Module):
+    """Attends to one sample after the other, as diffusers' Mochi does; or to pairs of rows, as video models do."""
+
+    def __init__(self, rows):
+        super().__init__()
+        self.rows = rows
+
+    def forward(self, x):  # (B, H, S, D)
+        if self.rows == "one by one":
+            return torch.cat([F.scaled_dot_product_attention(row, row, row) for row in x.split(1)])
+        y = x.unflatten(2, (2, -1)).transpose(1, 2).flatten(0, 1)  # (2 B, H, S / 2, D)
+        return F.scaled_dot_product_attention(y, y, y).unflatten(0, (-1, 2)).transpose(1, 2).flatten(2, 3)
+
+
+@pytest.mark.parametrize("rows, seen", [("one by one", 1), ("folded", 8)])
+def test_rows_that_are_not_samples_are_refused(rows, seen):
+    """`rows` of a model whose attention has other rows than its arguments is an error, also if nobody gave `batch`."""
+    model, x = Loop(rows).eval(), torch.randn(4, 2, 6, 8)
+    with pytest.raises(ValueError, match=rf"has {seen} rows where \[4\] were expected.*rows"):
+        with erg.rectify(model, tau=0.1, rows=slice(0, 1)):
+            model(x)
+    with erg.rectify(model, tau=0.1):
+        assert (model(x) - Loop(rows).eval()(x)).abs().max() > 1e-3
+
+
+def test_mixed_devices_and_dtypes(model, inputs):
+    """A tau on another device or of whole numbers, and an attention that returns another kind of tensor, are named."""
+    plain = model(*inputs)
+    for tau, message in ((torch.ones(4, device="meta"), r"on meta; it must be .* on cpu"),
+                         (torch.ones(4, dtype=torch.long), r"torch.int64.* floating-point"),
+                         (torch.ones(3), r"shape \(3,\).* of shape \(4,\)")):
+        for rows in (None, slice(0, 4)):
+            with pytest.raises(ValueError, match=message):
+                with erg.rectify(model, tau=tau, layers=[2], rows=rows):
+                    model(*inputs)
+    for wrong in (lambda q, k, v, **options: v.float(), lambda q, k, v, **options: v[..., :1, :]):
+        with pytest.raises(ValueError, match="attention=.* returned .* must be"):
+            with erg.rectify(model, attention=wrong, layers=[2]):
+                model(*inputs)
+    assert torch.equal(model(*inputs), plain)

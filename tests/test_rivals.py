@@ -392,7 +392,7 @@ def test_conditions_may_be_nested_or_missing(model, inputs):
             return self.model(x, t, condition["pair"][0] + condition["pair"][1])
 
     x, _, condition = inputs
-    null, wrapped = model.encode([""]), Wrapped()
+    null, wrapped = model.encode([""]), Wrapped().eval()
     nested = lambda c: {"pair": (0.25 * c, 0.75 * c), "flag": "kept"}
     expected = pag(2.0, [2], IMAGE, cfg=3.0, null=null)(model, x, 0.6, condition)
     close(pag(2.0, [2], IMAGE, cfg=3.0, null=nested(null))(wrapped, x, 0.6, nested(condition)), expected)
@@ -468,7 +468,7 @@ def test_sag_of_smooth_images_is_off(inputs):
             return (0.5 - x) / (1 - t.view(-1, 1, 1, 1).double()) + 0 * F.scaled_dot_product_attention(h, h, h).sum()
 
     x = inputs[0]
-    close(SAG(3.0, 0, 4)(Constant(), x, 0.5), Constant()(x, torch.full((4,), 0.5), None))
+    close(SAG(3.0, 0, 4)(Constant().eval(), x, 0.5), Constant()(x, torch.full((4,), 0.5), None))
 
 
 def test_every_option_of_sag_bites(model, inputs):

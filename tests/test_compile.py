@@ -1,0 +1,263 @@
+"""Rectified models under torch.compile and CUDA graphs: the same numbers, no graph break, no needless compilation."""
+import copy
+import threading
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import erg
+from conftest import random_model
+
+
+class Graphs:
+    """A back end that counts the graphs that it is given, and runs them like "aot_eager" or another one."""
+
+    def __init__(self, name="aot_eager"):
+        self.count, self.backend = 0, torch._dynamo.lookup_backend(name)
+
+    def __call__(self, graph, inputs, **kwargs):
+        self.count += 1
+        return self.backend(graph, inputs, **kwargs)
+
+
+@pytest.fixture(autouse=True)
+def afresh():
+    """Nothing that an earlier test compiled, and more than the usual 8 graphs for one function."""
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(recompile_limit=32):
+        yield
+    torch._dynamo.reset()
+
+
+def compiled(model, how, graphs):
+    """A copy of the model, compiled as a whole or block by block. fullgraph: an error instead of a graph break."""
+    model = copy.deepcopy(model)
+    if how == "torch.compile(model)":
+        return torch.compile(model, backend=graphs, fullgraph=True)
+    if how == "model.compile()":
+        model.compile(backend=graphs, fullgraph=True)
+    else:
+        for i, block in enumerate(model.blocks):
+            if how == "block.compile()":
+                block.compile(backend=graphs, fullgraph=True)
+            else:
+                model.blocks[i] = torch.compile(block, backend=graphs, fullgraph=True)
+    return model
+
+
+WHOLE, PARTS = ["torch.compile(model)", "model.compile()"], ["block.compile()", "torch.compile(block)"]
+
+
+def uniform(q, k, v, **options):
+    return v.mean(-2, keepdim=True).expand(*q.shape)
+
+
+@pytest.mark.parametrize("how", WHOLE + PARTS)
+def test_compiled_models_give_the_same_without_graph_breaks(model, inputs, how):
+    """Plain and rectified forwards of a compiled model agree with the eager ones; contexts opened again compile nothing."""
+    graphs = Graphs()
+    fast, plain = compiled(model, how, graphs), model(*inputs)
+    torch.testing.assert_close(fast(*inputs), plain, rtol=0, atol=1e-12)
+    assert graphs.count == 1
+    for settings in (dict(tau=0.1, layers=[2, 3], rows=slice(2, 4)),
+                     dict(tau=0.2, layers=[1], queries=slice(0, 16)),
+                     dict(tau=torch.tensor([0.01, 3.0]), layers=[4], rows=slice(1, 3)),
+                     dict(tau=2.0, alpha=0.7, gamma=0.5, steps=2, layers=[0, 5]),
+                     dict(attention=uniform, layers=[3], rows=slice(0, 2))):
+        with erg.rectify(model, **settings):
+            expected = model(*inputs)
+        assert (expected - plain).abs().max() > 1e-3
+        for attempt in range(3):
+            with erg.rectify(fast, **settings):
+                torch.testing.assert_close(fast(*inputs), expected, rtol=0, atol=1e-12)
+            if attempt == 1:  # the first forward of blocks is not compiled
+                made = graphs.count
+            torch.testing.assert_close(fast(*inputs), plain, rtol=0, atol=1e-12)
+        assert graphs.count == made
+    assert graphs.count <= 1 + 2 * 5  # one for each setting; a second where a number is made dynamic
+
+
+def test_equal_blocks_share_their_graphs(inputs):
+    """Of blocks that are compiled one by one, however many, one graph serves the plain and one the rectified."""
+    model, graphs = random_model(depth=12), Graphs()
+    fast = compiled(model, "block.compile()", graphs)
+    for layers in (range(3, 7), range(5, 6), [0, 4, 11], None):
+        with erg.rectify(model, tau=0.1, layers=layers):
+            expected = model(*inputs)
+        for _ in range(2):
+            with erg.rectify(fast, tau=0.1, layers=layers):
+                torch.testing.assert_close(fast(*inputs), expected, rtol=0, atol=1e-12)
+    assert graphs.count == 2
+
+
+@pytest.mark.parametrize("how", WHOLE + PARTS)
+def test_kappa_under_compile(model, inputs, how):
+    """`when` is asked outside of the graph: forwards before kappa are the plain ones."""
+    graphs = Graphs()
+    fast, (x, _, condition) = compiled(model, how, graphs), inputs
+    for t in (0.1, 0.5, 0.2, 0.6):
+        time = torch.full((4,), t)
+        with erg.rectify(fast, tau=0.1, layers=[2], when=lambda x, t, c: t[0] > 0.3):
+            result = fast(x, time, condition)
+        if t > 0.3:
+            with erg.rectify(model, tau=0.1, layers=[2]):
+                expected = model(x, time, condition)
+        else:
+            expected = model(x, time, condition)
+        torch.testing.assert_close(result, expected, rtol=0, atol=1e-12)
+    assert graphs.count == 2
+
+
+@pytest.mark.parametrize("how", WHOLE + PARTS)
+def test_nested_contexts_under_compile(model, inputs, how):
+    """Of two contexts on a compiled model the inner one is applied first, as on one that is not compiled."""
+    outer, inner = dict(tau=0.5, gamma=0.5, layers=[2, 4]), dict(tau=0.2, gamma=0.8, steps=2, layers=[2, 3])
+    with erg.rectify(model, **outer), erg.rectify(model, **inner):
+        expected = model(*inputs)
+    with erg.rectify(model, **inner), erg.rectify(model, **outer):
+        assert (model(*inputs) - expected).abs().max() > 1e-6  # the order matters
+    fast = compiled(model, how, Graphs())
+    for _ in range(2):
+        with erg.rectify(fast, **outer), erg.rectify(fast, **inner):
+            for _ in range(2):
+                torch.testing.assert_close(fast(*inputs), expected, rtol=0, atol=1e-12)
+    torch.testing.assert_close(fast(*inputs), model(*inputs), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("backend", ["eager", "inductor"])
+@pytest.mark.parametrize("scoped", [True, False])
+def test_other_back_ends(model, inputs, backend, scoped):
+    """The default back end, and the debugging one that runs the graph's torch calls in the open, temper once."""
+    with erg.rectify(model, tau=0.1, layers=[2]):
+        expected = model(*inputs)
+    fast = compiled(model, "torch.compile(model)", backend)
+    for _ in range(2):
+        with erg.rectify(fast if scoped else None, tau=0.1, layers=[2]):
+            torch.testing.assert_close(fast(*inputs), expected, rtol=0, atol=1e-5)  # as inexact as the plain one below
+        torch.testing.assert_close(fast(*inputs), model(*inputs), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("how", WHOLE + PARTS)
+def test_errors_leave_a_compiled_model_as_it_was(model, inputs, how):
+    """Layers out of range, a body that fails, another thread: one error or none, and the plain model afterwards."""
+    graphs = Graphs()
+    fast, plain = compiled(model, how, graphs), model(*inputs)
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="no attention call 6"):
+            with erg.rectify(fast, tau=0.1, layers=[2, 6]):
+                fast(*inputs)
+        with pytest.raises(KeyError):
+            with erg.rectify(fast, tau=0.1, layers=[2]):
+                fast(*inputs)
+                raise KeyError
+    with pytest.raises(Exception, match="must have same reduction dim|cannot be multiplied"):  # the model's own
+        with erg.rectify(fast, tau=0.1, layers=[2]):
+            fast(inputs[0], inputs[1], inputs[2][:, :, :5])
+    torch.testing.assert_close(fast(*inputs), plain, rtol=0, atol=1e-12)
+    results = []
+    with erg.rectify(fast, tau=0.1, layers=[2]):
+        fast(*inputs)
+        thread = threading.Thread(target=lambda: results.append(fast(*inputs)))
+        thread.start()
+        thread.join()
+    torch.testing.assert_close(results[0], plain, rtol=0, atol=1e-12)
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in fast.modules())
+    assert erg._around == {} or not any(erg._around.values())
+
+
+def test_the_module_behind_a_compiled_one_is_refused(model, inputs):
+    """Hooks would be compiled along: the error says which module to give."""
+    fast = torch.compile(model, backend="aot_eager", fullgraph=True)
+    with pytest.raises(Exception, match="give rectify the module that"):
+        with erg.rectify(model, tau=0.1, layers=[2]):
+            fast(*inputs)
+
+
+def test_attention_calls_of_compiled_models(model, inputs):
+    """Compiled models are listed like others, and nothing is compiled for it."""
+    graphs, expected = Graphs(), erg.attention_calls(model, *inputs)
+    for how in WHOLE + ["block.compile()"]:
+        assert erg.attention_calls(compiled(model, how, graphs), *inputs) == expected
+    assert graphs.count == 0
+
+
+@pytest.mark.parametrize("settings", [dict(tau=0.1), dict(tau=0.0, queries=slice(1, 4)), dict(alpha=0.5, gamma=0.7, steps=3)])
+def test_energy_attention_compiles(settings):
+    """A model that calls energy_attention itself compiles without a graph break."""
+    q, k, v = torch.randn(3, 2, 4, 5, 8, dtype=torch.float64).unbind()
+    fast = torch.compile(erg.energy_attention, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(fast(q, k, v, **settings), erg.energy_attention(q, k, v, **settings), rtol=0, atol=1e-12)
+
+
+class Python(nn.Module):
+    """A model that uses what Tensor implements in Python, which Dynamo cannot trace below a function mode unaided."""
+
+    def forward(self, x):  # (B, S, 16)
+        a, b = x.unflatten(-1, (2, 8)).transpose(1, 2).split(1, dim=1)  # (B, 1, S, 8)
+        b = (2.0 - b) / (1.0 + b**2 + 1 / (2 + b.abs())) + 2.0**a.sigmoid() + b // 0.5 + a.norm(dim=-1, keepdim=True)
+        return F.scaled_dot_product_attention(a, b, b) % 3
+
+
+def test_tensor_methods_of_python_are_traced():
+    """Tensor's methods in Python, such as unflatten and split, cause no graph break in a rectified model."""
+    model, x = Python().eval(), torch.randn(2, 5, 16)
+    fast = torch.compile(model, backend="aot_eager", fullgraph=True)
+    with erg.rectify(model, tau=0.1):
+        expected = model(x)
+    with erg.rectify(fast, tau=0.1):
+        torch.testing.assert_close(fast(x), expected)
+
+
+class Waits(TorchDispatchMode):
+    """Counts operations that a CUDA graph cannot capture: those that wait for the device, or copy from the host."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.overloadpacket.__name__ in ("_local_scalar_dense", "_to_copy", "lift_fresh", "nonzero", "equal"):
+            self.names.append(str(function))
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("settings", [
+    dict(tau=0.1), dict(tau=0.0), dict(tau=0.1, rows=slice(2, 4)), dict(tau=0.1, queries=slice(0, 16), rows=slice(2, 4)),
+    dict(tau=torch.tensor([0.1, 0.2], dtype=torch.float64), rows=slice(2, 4)),
+    dict(alpha=0.7, gamma=0.5, steps=2, rows=slice(2, 4)), dict(attention=uniform, rows=slice(0, 2), queries=slice(0, 16))])
+def test_nothing_that_a_cuda_graph_refuses(model, inputs, settings):
+    """A rectified forward waits for the device and copies from the host no more often than a plain one."""
+    with Waits() as plain:
+        model(*inputs)
+    with erg.rectify(model, layers=[2], **settings):
+        for _ in range(2):
+            with Waits() as rectified:
+                model(*inputs)
+            assert rectified.names == plain.names
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("how", ["torch.cuda.graph", "reduce-overhead"])
+def test_cuda_graphs(model, inputs, how):
+    """A captured rectified forward replays what the eager one computes, on other inputs too."""
+    model, (x, t, condition) = model.float().cuda(), (value.float().cuda() for value in inputs)
+    settings, other = dict(tau=0.1, layers=[2], rows=slice(2, 4), queries=slice(0, 16)), torch.randn_like(x)
+    with erg.rectify(model, **settings):
+        expected = [model(x, t, condition), model(other, t, condition)]
+    if how == "reduce-overhead":
+        fast = torch.compile(model, mode="reduce-overhead", fullgraph=True)
+        with erg.rectify(fast, **settings):
+            results = [fast(value, t, condition).clone() for value in (x, other, x, other)][2:]
+    else:
+        held, results, graph = x.clone(), [], torch.cuda.CUDAGraph()
+        with erg.rectify(model, **settings):
+            with torch.cuda.graph(graph):
+                out = model(held, t, condition)
+        for value in (x, other):
+            held.copy_(value)
+            graph.replay()
+            results.append(out.clone())
+    torch.testing.assert_close(results, expected, rtol=1e-4, atol=1e-4)
