@@ -1,0 +1,471 @@
+"""examples/guider.py: ERG as a guider of diffusers' modular pipelines, at toy size with random weights."""
+import contextlib
+import gc
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+import erg
+
+pytest.importorskip("diffusers", minversion="0.42", reason="the guider is for diffusers' modular pipelines")
+pytest.importorskip("transformers", reason="diffusers' modular pipelines import it")
+
+from diffusers import (AutoencoderKL, FlowMatchEulerDiscreteScheduler, Flux2Transformer2DModel,  # noqa: E402
+                       SD3Transformer2DModel, StableDiffusion3Pipeline, WanTransformer3DModel)
+from diffusers.guiders import ClassifierFreeGuidance  # noqa: E402
+from diffusers.modular_pipelines.flux2.denoise import Flux2KleinBaseDenoiseStep  # noqa: E402
+from diffusers.modular_pipelines.stable_diffusion_3.encoders import StableDiffusion3TextEncoderStep  # noqa: E402
+from diffusers.modular_pipelines.stable_diffusion_3.modular_blocks_stable_diffusion_3 import (  # noqa: E402
+    StableDiffusion3AutoBlocks, StableDiffusion3T2ICoreDenoiseStep)
+from diffusers.modular_pipelines.wan.denoise import WanDenoiseStep  # noqa: E402
+
+from examples.guider import EntropyRectifyingGuidance, weak_negative  # noqa: E402
+
+STEPS = 8
+IERG = dict(tau=0.01, layers=[1, 2])
+
+
+def randomized(model, seed=0):
+    """The model in float64 with attention far from uniform."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, p in model.named_parameters():
+        if "norm_q" in name or "norm_k" in name or "norm_added" in name:
+            nn.init.constant_(p, 2.0)
+        else:
+            nn.init.normal_(p, std=p[0].numel()**-0.5 if p.dim() > 1 else 0.3, generator=generator)
+    return model.double().eval().requires_grad_(False)
+
+
+def normal(*shape, seed=1):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    """A modular Stable Diffusion 3 of four joint blocks, without text encoders and autoencoder."""
+    model = SD3Transformer2DModel(sample_size=8, num_layers=4, attention_head_dim=8, num_attention_heads=2,
+                                  in_channels=4, out_channels=4, joint_attention_dim=32, caption_projection_dim=16,
+                                  pooled_projection_dim=16, pos_embed_max_size=8, qk_norm="rms_norm")
+    pipe = StableDiffusion3T2ICoreDenoiseStep().init_pipeline()
+    pipe.update_components(transformer=randomized(model), scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0))
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+X = normal(2, 4, 8, 8)
+POSITIVE = dict(prompt_embeds=normal(2, 5, 32, seed=2), pooled_prompt_embeds=normal(2, 16, seed=3))
+NEGATIVE = dict(negative_prompt_embeds=normal(2, 5, 32, seed=4), negative_pooled_prompt_embeds=normal(2, 16, seed=5))
+
+
+def run(pipe, guider, negative=NEGATIVE, steps=STEPS):
+    pipe.update_components(guider=guider)
+    return pipe(**POSITIVE, **negative, latents=X, num_inference_steps=steps, height=64, width=64, output="latents")
+
+
+def sd3(pipe, x, timestep, negative):
+    """One evaluation of the transformer, without a guider."""
+    given = [*NEGATIVE.values()] if negative else [*POSITIVE.values()]
+    return pipe.transformer(hidden_states=x, timestep=timestep.expand(2), encoder_hidden_states=given[0],
+                            pooled_projections=given[1], return_dict=False)[0]
+
+
+def by_hand(pipe, settings, *, kappa=0.2, predict=sd3, x=X, same=False, apg=None, w=5.0, steps=STEPS):
+    """The sampler written out: two passes, the second one rectified where t > kappa, and a step of the scheduler."""
+    pipe.scheduler.set_timesteps(steps)
+    running = 0.0
+    for timestep in pipe.scheduler.timesteps:
+        t = 1 - timestep.item() / 1000
+        p = n = predict(pipe, x, timestep, False)
+        with erg.rectify(pipe.transformer, **settings) if t > kappa else contextlib.nullcontext():
+            if t > kappa or not same:
+                n = predict(pipe, x, timestep, not same)
+        v = w * p + (1 - w) * n
+        if apg is not None and not (same and t <= kappa):
+            x1, running = apg.update(x - (1 - t) * p, x - (1 - t) * n, w, running)
+            v = (x - x1) / (1 - t)
+        x = pipe.scheduler.step(v, timestep, x, return_dict=False)[0]
+    return x
+
+
+def close(a, b):
+    torch.testing.assert_close(a, b, rtol=1e-6, atol=2e-6)  # the scheduler computes in float32
+
+
+@contextlib.contextmanager
+def evaluations(model):
+    """Lists the time of each evaluation of the model."""
+    times = []
+    handle = model.register_forward_pre_hook(
+        lambda module, args, kwargs: times.append(1 - kwargs["timestep"][0].item() / 1000), with_kwargs=True)
+    yield times
+    handle.remove()
+
+
+@pytest.mark.parametrize("scale", [3.0, 7.5])
+def test_without_rectification_it_is_classifier_free_guidance(pipe, scale):
+    """tau = 1 gives the latents of ClassifierFreeGuidance, to the rounding of w p + (1 - w) n against n + w (p - n)."""
+    close(run(pipe, EntropyRectifyingGuidance(scale)), run(pipe, ClassifierFreeGuidance(scale)))
+    a, b = (Guider(scale).forward(X, normal(*X.shape, seed=9)).pred
+            for Guider in (EntropyRectifyingGuidance, ClassifierFreeGuidance))
+    torch.testing.assert_close(a, b, rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize("settings", [dict(guidance_scale=1.0), dict(enabled=False), dict(start=0.5, stop=0.5)])
+def test_switched_off_it_is_one_evaluation(pipe, settings):
+    """At w = 1, disabled, or outside start to stop, latents are bit-identical to unguided ones, at half the cost."""
+    expected = run(pipe, ClassifierFreeGuidance(1.0))
+    with evaluations(pipe.transformer) as times:
+        assert torch.equal(run(pipe, EntropyRectifyingGuidance(**IERG, **settings)), expected)
+    assert len(times) == STEPS
+
+
+@pytest.mark.parametrize("settings", [IERG, dict(tau=0.0), dict(IERG, queries=[0, 16]), dict(IERG, queries=[None, -5]),
+                                      dict(alpha=0.7, gamma=0.5, steps=2, layers=range(3, 4))])
+def test_equal_to_two_passes_by_hand(pipe, settings):
+    """The guider samples what a written-out loop with erg.rectify around the second pass samples."""
+    queries = dict(queries=slice(*settings["queries"])) if "queries" in settings else {}
+    result = run(pipe, EntropyRectifyingGuidance(5.0, **settings))
+    close(result, by_hand(pipe, {**settings, **queries}))
+    assert (result - run(pipe, EntropyRectifyingGuidance(5.0))).abs().max() > 1e-2
+
+
+def autoencoder():
+    return AutoencoderKL(block_out_channels=(4,) * 4, norm_num_groups=2, latent_channels=4, sample_size=64,
+                         down_block_types=["DownEncoderBlock2D"] * 4, up_block_types=["UpDecoderBlock2D"] * 4,
+                         shift_factor=0.0).double()
+
+
+def test_equal_to_the_plain_pipeline_under_rectify(pipe):
+    """StableDiffusion3Pipeline with erg.rectify on the negative rows of its one batch gives the same latents."""
+    plain = StableDiffusion3Pipeline(transformer=pipe.transformer, scheduler=pipe.scheduler, vae=autoencoder(),
+                                     text_encoder=None, text_encoder_2=None, text_encoder_3=None,
+                                     tokenizer=None, tokenizer_2=None, tokenizer_3=None)
+    plain.set_progress_bar_config(disable=True)
+    with erg.rectify(plain.transformer, **IERG, rows=slice(0, 2),  # its order is negative, positive
+                     when=lambda *args, timestep, **kwargs: 1 - timestep[0].item() / 1000 > 0.4):
+        expected = plain(**POSITIVE, **NEGATIVE, latents=X, num_inference_steps=STEPS, guidance_scale=5.0, height=64,
+                         width=64, output_type="latent").images
+    close(run(pipe, EntropyRectifyingGuidance(5.0, **IERG, kappa=0.4)), expected)
+
+
+@pytest.mark.parametrize("kappa", [None, 0.0, 0.4, 1.0])
+def test_kappa_in_the_time_of_the_model(pipe, monkeypatch, kappa):
+    """Exactly the steps with t > kappa (0.2 by default) are rectified, t = 1 - sigma with the schedule's shift."""
+    rectified, attend = [], erg.energy_attention
+    monkeypatch.setattr(erg, "energy_attention", lambda *a, **k: rectified.append(times[-1]) or attend(*a, **k))
+    with evaluations(pipe.transformer) as times:
+        run(pipe, EntropyRectifyingGuidance(5.0, **IERG, kappa=kappa), steps=20)
+    sigma = torch.linspace(1, 3 / 1002, 20, dtype=torch.float64)  # between the scheduler's ends,
+    t = 1 - 3 * sigma / (1 + 2 * sigma)  # shifted by 3
+    assert times[::2] == times[1::2] == pytest.approx(t.tolist(), abs=1e-6)
+    limit = 0.2 if kappa is None else kappa
+    assert rectified == [s for s in times[::2] if s > limit for _ in IERG["layers"]]
+    assert len(rectified) // 2 == {0.2: 11, 0.0: 19, 0.4: 7, 1.0: 0}[limit]
+
+
+def test_without_a_negative_condition_it_is_the_prompts(pipe):
+    """Without negative embeddings, or with negative="same", there is one evaluation up to kappa and two after it."""
+    expected = by_hand(pipe, IERG, same=True)
+    for guider, negative in ((EntropyRectifyingGuidance(5.0, **IERG), {}),
+                             (EntropyRectifyingGuidance(5.0, **IERG, negative="same"), NEGATIVE)):
+        with evaluations(pipe.transformer) as times:
+            close(run(pipe, guider, negative), expected)
+        assert len(times) == STEPS + sum(t > 0.2 for t in set(times)) and times.count(times[-1]) == 2
+    assert guider.num_conditions == 1 and guider.new(negative=None).num_conditions == 2  # whether pipelines encode one
+    for settings in (dict(), dict(IERG, negative="null")):
+        with pytest.raises(ValueError, match="negative"):
+            run(pipe, EntropyRectifyingGuidance(5.0, **settings), {})
+
+
+def test_config_is_plain_json_and_survives_a_round_trip(pipe, tmp_path):
+    """save_pretrained, from_pretrained and new keep the config, and the guider that they make samples the same."""
+    guider = EntropyRectifyingGuidance(4.0, tau=0.01, layers=range(1, 3), kappa=0.3, queries=slice(0, 16), stop=0.9,
+                                       apg=erg.APG(eta=0.5))
+    expected = run(pipe, guider)
+    guider.save_pretrained(tmp_path)
+    stored = json.loads((tmp_path / "guider_config.json").read_text())
+    assert stored["layers"] == [1, 2] and stored["queries"] == [0, 16] and stored["kappa"] == 0.3
+    assert stored["apg"] == dict(momentum=-0.5, eta=0.5, norm_threshold=5.0)
+    for other in (EntropyRectifyingGuidance.from_pretrained(tmp_path), guider.new()):
+        assert other.settings == guider.settings
+        assert {k: other.config[k] for k in stored} == {k: guider.config[k] for k in stored} == stored
+        assert torch.equal(run(pipe, other), expected)
+    changed = guider.new(guidance_scale=2.0, layers={3}, apg=None)
+    config = changed.config
+    assert (changed.guidance_scale, config.layers, config.kappa, config.apg) == (2.0, [3], 0.3, None)
+    assert EntropyRectifyingGuidance(4.0).new().guidance_scale == 4.0  # given by position
+    close(run(pipe, ClassifierFreeGuidance(5.0)), run(pipe, EntropyRectifyingGuidance(5.0)))  # swapped there and back
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+@pytest.mark.parametrize("apg", [None, {}])
+def test_a_failing_denoiser_is_left_as_it_was(pipe, error, apg):
+    """An error in a rectified forward leaves no trace in the model, at once; a later run is as if it had not been."""
+    guider, model = EntropyRectifyingGuidance(5.0, **IERG, apg=apg), pipe.transformer
+    expected, before = run(pipe, guider), (model.__dict__.copy(), sd3(pipe, X, torch.tensor(500.0), False))
+
+    def fail(module, args):
+        if erg._outer_contexts():
+            raise error("stop")
+
+    handle = model.norm_out.register_forward_pre_hook(fail)
+    with pytest.raises(error, match="stop"):
+        run(pipe, guider)
+    handle.remove()
+    assert model.__dict__ == before[0] and not torch.overrides._get_current_function_mode_stack()
+    assert torch.equal(sd3(pipe, X, torch.tensor(500.0), False), before[1])
+    assert torch.equal(run(pipe, guider), expected)
+
+
+def test_an_error_beside_the_denoiser(pipe):
+    """Prepared but not cleaned up, the model is as it was at the guider's next step, and when the guider is gone."""
+    model, pair = pipe.transformer, {"encoder_hidden_states": (X, X + 1)}
+    plain = sd3(pipe, X, torch.tensor(500.0), False)
+
+    def prepared():
+        guider = EntropyRectifyingGuidance(5.0, **IERG)
+        guider.set_state(0, 2, torch.tensor(500.0))
+        for _ in guider.prepare_inputs(pair):
+            guider.prepare_models(model)
+        assert (sd3(pipe, X, torch.tensor(500.0), False) - plain).abs().max() > 1e-3
+        return guider
+
+    guider = prepared()
+    guider.set_state(1, 2, torch.tensor(400.0))
+    assert "forward" not in model.__dict__ and torch.equal(sd3(pipe, X, torch.tensor(500.0), False), plain)
+    guider = prepared()
+    del guider
+    gc.collect()
+    assert "forward" not in model.__dict__ and torch.equal(sd3(pipe, X, torch.tensor(500.0), False), plain)
+
+
+def test_a_forward_replaced_by_others_is_kept(pipe):
+    """Offloading and caching hooks replace a model's forward: it is theirs again after each evaluation."""
+    model, calls = pipe.transformer, []
+    original, expected = model.forward, run(pipe, EntropyRectifyingGuidance(5.0, **IERG))
+
+    def theirs(*args, **kwargs):
+        calls.append(1)
+        return original(*args, **kwargs)
+
+    model.forward = theirs
+    try:
+        assert torch.equal(run(pipe, EntropyRectifyingGuidance(5.0, **IERG)), expected)
+        assert model.forward is theirs and len(calls) == 2 * STEPS
+    finally:
+        del model.forward
+
+
+def test_layers_that_are_not_there_raise(pipe):
+    """A layer that the model does not have is an error, not a guider without effect."""
+    with pytest.raises(RuntimeError, match="layers="):
+        run(pipe, EntropyRectifyingGuidance(5.0, tau=0.01, layers=[4]))
+    assert "forward" not in pipe.transformer.__dict__
+
+
+@pytest.mark.parametrize("apg", [{}, dict(momentum=0.3, eta=0.5, norm_threshold=2.0)])
+def test_apg_in_the_space_of_the_data(pipe, apg):
+    """APG is erg.APG on x - sigma * prediction, as in a written-out loop; its momentum starts anew with each run."""
+    guider = EntropyRectifyingGuidance(5.0, **IERG, apg=apg)
+    expected = by_hand(pipe, IERG, apg=erg.APG(**apg))
+    for _ in range(2):
+        close(run(pipe, guider), expected)
+    close(run(pipe, guider, {}), by_hand(pipe, IERG, apg=erg.APG(**apg), same=True))
+    assert (expected - by_hand(pipe, IERG)).abs().max() > 1e-2
+    neutral = EntropyRectifyingGuidance(5.0, **IERG, apg=dict(momentum=0.0, eta=1.0, norm_threshold=0.0))
+    close(run(pipe, neutral), run(pipe, neutral.new(apg=None)))
+
+
+def test_apg_without_latents_raises():
+    """A denoiser that takes no `hidden_states`, such as a U-Net that predicts noise, is refused by name."""
+    class UNet(nn.Module):
+        def forward(self, sample, t):
+            return sample
+
+    guider, model = EntropyRectifyingGuidance(5.0, apg={}), UNet()
+    guider.set_state(0, 2, 999)
+    batches = guider.prepare_inputs({"prompt_embeds": (X, X + 1)})
+    for batch in batches:
+        guider.prepare_models(model)
+        batch.noise_pred = model(X, 999)
+        guider.cleanup_models(model)
+    with pytest.raises(ValueError, match="apg=.*hidden_states"):
+        guider(batches)
+
+
+def flux2(pipe, x, timestep, negative):
+    appended = torch.cat([x, FLUX2["image_latents"]], 1)
+    ids = torch.cat([FLUX2["latent_ids"], FLUX2["image_latent_ids"]], 1)
+    prefix = "negative_" * negative
+    return pipe.transformer(hidden_states=appended, timestep=timestep.expand(2).double() / 1000, guidance=None,
+                            encoder_hidden_states=FLUX2[prefix + "prompt_embeds"], txt_ids=FLUX2[prefix + "txt_ids"],
+                            img_ids=ids, return_dict=False)[0][:, :x.shape[1]]
+
+
+def positions(kind, length):
+    ids = torch.zeros(2, length, 4)
+    ids[..., 0], ids[..., 3] = kind, torch.arange(length)
+    return ids
+
+
+FLUX2 = dict(prompt_embeds=normal(2, 5, 16, seed=2), txt_ids=positions(0, 5),
+             negative_prompt_embeds=normal(2, 3, 16, seed=4), negative_txt_ids=positions(0, 3),
+             latent_ids=positions(0, 6), image_latents=normal(2, 4, 8, seed=6), image_latent_ids=positions(10, 4))
+
+
+@pytest.mark.parametrize("apg", [None, dict(eta=0.0)])
+def test_flux2_with_an_image_condition(apg):
+    """Flux.2's denoising step as it is, with prompts of two lengths and a reference image appended to the latents."""
+    model = Flux2Transformer2DModel(in_channels=8, num_layers=2, num_single_layers=3, attention_head_dim=16,
+                                    num_attention_heads=2, joint_attention_dim=16, axes_dims_rope=(4, 4, 4, 4),
+                                    timestep_guidance_channels=16, guidance_embeds=False)
+    pipe = Flux2KleinBaseDenoiseStep().init_pipeline()
+    guider = EntropyRectifyingGuidance(5.0, tau=0.01, layers=[1, 3], kappa=0.3, apg=apg)
+    pipe.update_components(transformer=randomized(model), scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0))
+    pipe.update_components(guider=guider)
+    x = normal(2, 6, 8)
+    expected = by_hand(pipe, dict(tau=0.01, layers=[1, 3]), kappa=0.3, predict=flux2, x=x, apg=apg and erg.APG())
+    pipe.scheduler.set_timesteps(STEPS)
+    result = pipe(**FLUX2, latents=x, num_inference_steps=STEPS, timesteps=pipe.scheduler.timesteps, output="latents")
+    close(result, expected)
+
+
+WAN = dict(prompt_embeds=normal(2, 5, 16, seed=2), negative_prompt_embeds=normal(2, 5, 16, seed=4))
+
+
+def wan(pipe, x, timestep, negative):
+    return pipe.transformer(hidden_states=x, timestep=timestep.expand(2).double(), return_dict=False,
+                            encoder_hidden_states=WAN["negative_" * negative + "prompt_embeds"])[0]
+
+
+@pytest.mark.parametrize("apg", [None, dict(eta=0.0)])
+def test_wan_by_names_in_the_block_state(apg):
+    """Wan's denoising step names fields of its state; cross-attention does not count among the layers."""
+    model = WanTransformer3DModel(patch_size=(1, 2, 2), num_attention_heads=2, attention_head_dim=12, in_channels=4,
+                                  out_channels=4, text_dim=16, freq_dim=16, ffn_dim=16, num_layers=3,
+                                  rope_max_seq_len=32)
+    pipe = WanDenoiseStep().init_pipeline()
+    guider = EntropyRectifyingGuidance(5.0, **IERG, apg=apg)
+    pipe.update_components(transformer=randomized(model), scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0))
+    pipe.update_components(guider=guider)
+    x = normal(2, 4, 2, 4, 4)
+    expected = by_hand(pipe, IERG, predict=wan, x=x, apg=apg and erg.APG())
+    pipe.scheduler.set_timesteps(STEPS)
+    result = pipe(**WAN, latents=x, num_inference_steps=STEPS, timesteps=pipe.scheduler.timesteps, dtype=torch.float64,
+                  output="latents")
+    close(result, expected)
+
+
+class Tokenizer:
+    """Letters as tokens."""
+
+    model_max_length = 12
+
+    def __call__(self, prompts, padding, max_length=12, **kwargs):
+        rows = [[ord(c) % 90 + 3 for c in prompt][:max_length - 1] + [2] for prompt in prompts]
+        return SimpleNamespace(input_ids=torch.tensor([row + [0] * (max_length - len(row)) for row in rows]))
+
+
+@pytest.fixture
+def text():
+    """The text encoders of a modular Stable Diffusion 3, at toy size."""
+    from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel
+    clips = [CLIPTextModelWithProjection(CLIPTextConfig(
+        vocab_size=100, hidden_size=8 * n, intermediate_size=16, num_hidden_layers=4, num_attention_heads=2,
+        max_position_embeddings=12, projection_dim=8, eos_token_id=2, bos_token_id=1, pad_token_id=0)) for n in (1, 2)]
+    t5 = T5EncoderModel(T5Config(vocab_size=100, d_model=32, d_kv=8, d_ff=16, num_layers=3, num_heads=2))
+    pipe = StableDiffusion3TextEncoderStep().init_pipeline()
+    encoders = dict(text_encoder=clips[0], text_encoder_2=clips[1], text_encoder_3=t5)
+    pipe.update_components(**{name: randomized(encoder, i) for i, (name, encoder) in enumerate(encoders.items())},
+                           tokenizer=Tokenizer(), tokenizer_2=Tokenizer(), tokenizer_3=Tokenizer())
+    return pipe
+
+
+def embeddings(pipe, **prompts):
+    state = pipe(**prompts, max_sequence_length=12)
+    return {name: state.get(name) for name in (*POSITIVE, *NEGATIVE)}
+
+
+def test_weak_negative_is_the_encoding_of_rectified_encoders(text):
+    """Negative embeddings are those of the rectified encoders, pooled ones too, and the positive ones stay plain."""
+    encoders = {text.text_encoder: range(1, 3), text.text_encoder_2: None, text.text_encoder_3: range(0, 2)}
+    prompt = ["a red seven", "a blue two"]
+    strong = embeddings(text, prompt=prompt)
+    with contextlib.ExitStack() as stack:
+        for encoder, layers in encoders.items():
+            stack.enter_context(erg.rectify(encoder, tau=0.1, layers=layers))
+        expected = embeddings(text, prompt=prompt)
+    with weak_negative(encoders, tau=0.1):
+        for _ in range(2):  # two images in one context
+            result = embeddings(text, prompt=prompt, negative_prompt=prompt)
+            for name in POSITIVE:
+                assert torch.equal(result[name], strong[name])
+                assert torch.equal(result["negative_" + name], expected[name])
+                assert (expected[name] - strong[name]).abs().max() > 1e-3
+    plain = embeddings(text, prompt=prompt, negative_prompt=prompt)
+    assert torch.equal(plain["negative_prompt_embeds"], strong["prompt_embeds"])
+
+
+def test_the_whole_pipeline_from_prompt_to_image(pipe, text):
+    """The lines at the head of the example, on all blocks of Stable Diffusion 3: I-ERG and C-ERG together."""
+    whole = StableDiffusion3AutoBlocks().init_pipeline()
+    whole.update_components(transformer=pipe.transformer, scheduler=pipe.scheduler, **text.components)
+    whole.update_components(vae=autoencoder())
+    encoders = {text.text_encoder: range(1, 3), text.text_encoder_2: None, text.text_encoder_3: range(0, 2)}
+    prompt = ["a red seven", "a blue two"]
+    with weak_negative(encoders, tau=0.1):
+        weak = embeddings(text, prompt=prompt, negative_prompt=prompt)
+    options = dict(latents=X, num_inference_steps=STEPS, height=64, width=64)
+    for given in (pipe, whole):
+        given.update_components(guider=EntropyRectifyingGuidance(5.0, **IERG, kappa=0.2))
+    with weak_negative(encoders, tau=0.1):
+        state = whole(prompt=prompt, negative_prompt=prompt, max_sequence_length=12, output_type="pt", **options)
+    assert state.get("images").shape == (2, 3, 64, 64)
+    assert torch.equal(state.get("latents"), pipe(**weak, **options, output="latents"))
+
+
+def test_weak_negative_without_a_weak_encoding_raises(text):
+    """A pipeline that never encodes the prompt a second time is an error, not a strong negative."""
+    for prompts in (dict(prompt="seven"), dict(prompt="seven", negative_prompt="")):
+        with pytest.raises(RuntimeError, match="negative_prompt"), weak_negative({text.text_encoder: None}, tau=0.1):
+            embeddings(text, **prompts)
+    with pytest.raises(ValueError, match="layers="), weak_negative({text.text_encoder: 3}, tau=0.1):
+        pass
+
+
+def test_half_precision_is_combined_in_single():
+    """In bfloat16, w p + (1 - w) n is rounded once, at the end."""
+    p, n = normal(1000, seed=1).bfloat16(), normal(1000, seed=2).bfloat16()
+    result = EntropyRectifyingGuidance(5.0).forward(p, n).pred
+    assert torch.equal(result, (5 * p.float() - 4 * n.float()).bfloat16())
+
+
+@pytest.mark.parametrize("name, value", [
+    ("guidance_scale", "5"), ("guidance_scale", lambda t: 5.0), ("guidance_scale", float("nan")), ("tau", -0.1),
+    ("tau", None), ("layers", 6), ("layers", []), ("layers", [-1]), ("layers", "67"), ("layers", iter(())),
+    ("kappa", 1.5), ("alpha", None), ("gamma", 0.0), ("steps", 0), ("steps", 1.5), ("queries", [1]), ("queries", 16),
+    ("queries", ["a", 2]), ("queries", slice(0, 16, 2)), ("negative", "weak"), ("apg", True), ("apg", dict(limit=3.0)),
+    ("num_train_timesteps", 0), ("num_train_timesteps", "1000"), ("start", 1.5), ("stop", -0.1)])
+def test_bad_arguments_raise_by_name(name, value):
+    """Each bad argument is one error, which names it."""
+    with pytest.raises((ValueError, TypeError), match=f"^{name}=|`{name}`"):
+        EntropyRectifyingGuidance(**{**dict(tau=0.01), name: value})
+    with pytest.raises(ValueError, match="^norm_threshold="):
+        EntropyRectifyingGuidance(apg=dict(norm_threshold=-1.0))
+
+
+def test_settings_without_effect_and_foreign_times_raise():
+    """layers, kappa or queries without tau, "same" without I-ERG, and timesteps out of range are errors."""
+    for settings in (dict(layers=[1]), dict(kappa=0.2), dict(queries=[0, 4]), dict(negative="same")):
+        with pytest.raises(ValueError, match=next(iter(settings))):
+            EntropyRectifyingGuidance(5.0, **settings)
+    guider = EntropyRectifyingGuidance(5.0, **IERG, num_train_timesteps=1)
+    for timestep, t in ((1.0, 0.0), (0.25, 0.75)):
+        guider.set_state(0, 2, torch.tensor(timestep))
+        assert guider.t == t
+    guider.set_state(0, 2, torch.tensor(999.0))
+    with pytest.raises(ValueError, match="num_train_timesteps"):
+        guider.prepare_inputs({"prompt_embeds": (X, X + 1)})
