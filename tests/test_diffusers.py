@@ -1,0 +1,243 @@
+"""erg.py on diffusers: the models that people use, changed by hand and rectified, compiled or not; toy size, no download."""
+import copy
+import functools
+
+import pytest
+import torch
+from torch import nn
+
+import erg
+
+diffusers = pytest.importorskip("diffusers", reason="diffusers, whose models are tested, is missing")
+
+TAU, TEXT = 0.01, 5  # tokens of text
+
+
+def normal(*shape, seed=1):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def joint_inputs(model):
+    return dict(hidden_states=normal(2, 4, 8, 8), timestep=torch.tensor([500.0, 500.0]),
+                encoder_hidden_states=normal(2, TEXT, 24, seed=2), pooled_projections=normal(2, 16, seed=3))
+
+
+def flux_inputs(model):
+    positions = torch.stack([torch.zeros(16), torch.arange(16) // 4, torch.arange(16) % 4], 1).double()
+    return dict(hidden_states=normal(2, 16, 16), timestep=torch.full((2,), 0.5, dtype=torch.float64), img_ids=positions,
+                encoder_hidden_states=normal(2, TEXT, 24, seed=2), pooled_projections=normal(2, 16, seed=3),
+                txt_ids=torch.zeros(TEXT, 3).double())
+
+
+def dit_inputs(model):
+    return dict(hidden_states=normal(2, 4, 8, 8), timestep=torch.tensor([500, 500]), class_labels=torch.tensor([1, 2]))
+
+
+def pixart_inputs(model):
+    mask = torch.ones(2, TEXT, dtype=torch.float64)
+    mask[1, 3:] = 0
+    return dict(hidden_states=normal(2, 4, 8, 8), timestep=torch.tensor([500, 500]), encoder_attention_mask=mask,
+                encoder_hidden_states=normal(2, TEXT, 24, seed=2))
+
+
+def unet_inputs(model):
+    given = dict(sample=normal(2, 4, 8, 8), timestep=torch.tensor(500), encoder_hidden_states=normal(2, TEXT, 24, seed=2))
+    if model.config.addition_embed_type:
+        given["added_cond_kwargs"] = dict(text_embeds=normal(2, 16, seed=3), time_ids=torch.ones(2, 6).double())
+    return given
+
+
+SD3 = dict(sample_size=8, num_layers=4, attention_head_dim=8, num_attention_heads=2, in_channels=4, out_channels=4,
+           joint_attention_dim=24, caption_projection_dim=16, pooled_projection_dim=16, pos_embed_max_size=8)
+UNET = dict(sample_size=8, block_out_channels=(16, 32), layers_per_block=1, cross_attention_dim=24, norm_num_groups=4,
+            down_block_types=("CrossAttnDownBlock2D",) * 2, up_block_types=("CrossAttnUpBlock2D",) * 2)
+# name: (class, configuration, inputs, number of self and cross calls, chosen layers, image queries)
+MODELS = {
+    "SD3": ("SD3Transformer2DModel", SD3, joint_inputs, (4, 0), [1, 2], slice(0, 16)),
+    "SD3.5 with QK-norm": ("SD3Transformer2DModel", SD3 | dict(qk_norm="rms_norm"), joint_inputs, (4, 0), [0, 3],
+                           slice(0, 16)),
+    "SD3.5 medium": ("SD3Transformer2DModel", SD3 | dict(qk_norm="rms_norm", dual_attention_layers=(0, 1)), joint_inputs,
+                     (6, 0), [0, 3, 4], slice(0, 16)),  # self 1 and 3: the image alone
+    "Flux": ("FluxTransformer2DModel", dict(in_channels=16, num_layers=2, num_single_layers=2, attention_head_dim=8,
+                                            num_attention_heads=2, joint_attention_dim=24, pooled_projection_dim=16,
+                                            axes_dims_rope=(2, 2, 4)), flux_inputs, (4, 0), [1, 2], slice(TEXT, TEXT + 16)),
+    "DiT": ("DiTTransformer2DModel", dict(num_attention_heads=2, attention_head_dim=8, in_channels=4, out_channels=8,
+                                          num_layers=4, sample_size=8, num_embeds_ada_norm=10), dit_inputs, (4, 0), [1, 3],
+            None),
+    "PixArt": ("PixArtTransformer2DModel", dict(num_attention_heads=2, attention_head_dim=8, in_channels=4, num_layers=3,
+                                                cross_attention_dim=16, sample_size=8, caption_channels=24), pixart_inputs,
+               (3, 3), [0, 2], None),
+    "SD 1.5": ("UNet2DConditionModel", UNET | dict(attention_head_dim=2), unet_inputs, (7, 7), [2, 3], None),
+    "SDXL": ("UNet2DConditionModel", UNET | dict(
+        attention_head_dim=(2, 4), transformer_layers_per_block=(1, 2), use_linear_projection=True,
+        addition_embed_type="text_time", addition_time_embed_dim=8, projection_class_embeddings_input_dim=64),
+        unet_inputs, (11, 11), [1, 4, 10], None),
+}
+
+
+@functools.lru_cache
+def build(name):
+    """The model with random weights everywhere, in float64, and its inputs."""
+    torch.manual_seed(0)
+    kind, config, inputs, *_ = MODELS[name]
+    model = getattr(diffusers, kind)(**config)
+    for parameter_name, parameter in model.named_parameters():
+        if "norm_q" in parameter_name or "norm_k" in parameter_name or "norm_added" in parameter_name:
+            nn.init.constant_(parameter, 2.0)  # attention far from uniform
+        else:
+            nn.init.normal_(parameter, std=parameter[0].numel()**-0.5 if parameter.dim() > 1 else 0.3)
+    model = model.double().eval().requires_grad_(False)
+    return model, inputs(model)
+
+
+def run(model, inputs):
+    return model(**inputs, return_dict=False)[0]
+
+
+class ByHand:
+    """diffusers' attention written out with a plain softmax, whose logits are tempered in some rows and queries."""
+
+    def __init__(self, tau, rows, image):
+        self.tau, self.rows, self.image = tau, rows, image
+
+    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None,
+                 image_rotary_emb=None, temb=None, **kwargs):
+        def project(x, kinds, norm_q, norm_k):
+            q, k, v = (getattr(attn, kind)(y).unflatten(-1, (attn.heads, -1)).transpose(1, 2) for kind, y in zip(kinds, x))
+            return norm_q(q) if norm_q else q, norm_k(k) if norm_k else k, v
+
+        flux = type(attn).__name__ == "FluxAttention"
+        joint = encoder_hidden_states is not None and getattr(attn, "add_q_proj", None) is not None
+        other = hidden_states if joint or encoder_hidden_states is None else encoder_hidden_states
+        parts = [project((hidden_states, other, other), ("to_q", "to_k", "to_v"), attn.norm_q, attn.norm_k)]
+        if joint:
+            parts.append(project([encoder_hidden_states] * 3, ("add_q_proj", "add_k_proj", "add_v_proj"),
+                                 attn.norm_added_q, attn.norm_added_k))
+        q, k, v = (torch.cat(part, dim=2) for part in zip(*(parts[::-1] if flux else parts)))  # Flux: text first
+        if image_rotary_emb is not None:
+            cos, sin = image_rotary_emb  # (S, D): pairs of neighbours are turned
+            q, k = (x * cos + torch.stack([-x[..., 1::2], x[..., ::2]], -1).flatten(-2) * sin for x in (q, k))
+        logits = q @ k.mT * q.shape[-1]**-0.5
+        logits[self.rows, :, self.image or slice(None)] *= self.tau
+        if attention_mask is not None:
+            logits = logits + attn.prepare_attention_mask(attention_mask, k.shape[2], len(k)).unflatten(0, (len(k), -1))
+        out = (torch.softmax(logits, -1) @ v).transpose(1, 2).flatten(2)
+        if not joint:
+            return attn.to_out[0](out) if hasattr(attn, "to_out") and attn.to_out is not None else out
+        text, image = out.split([encoder_hidden_states.shape[1], hidden_states.shape[1]], 1) if flux else \
+            out.split([hidden_states.shape[1], encoder_hidden_states.shape[1]], 1)[::-1]
+        return attn.to_out[0](image), text if attn.context_pre_only else attn.to_add_out(text)
+
+
+def self_attentions(model, inputs):
+    """The modules of self-attention in the order in which they run."""
+    order, handles = [], []
+    for module in model.modules():
+        if hasattr(module, "processor") and hasattr(module, "to_q") and not getattr(module, "is_cross_attention", False):
+            handles.append(module.register_forward_pre_hook(lambda module, args: order.append(module)))
+    run(model, inputs)
+    for handle in handles:
+        handle.remove()
+    return order
+
+
+def by_hand(model, inputs, layers, tau, rows=slice(None), image=None):
+    """What a copy of the model returns whose chosen layers compute attention by the class above."""
+    changed = copy.deepcopy(model)
+    modules = self_attentions(changed, inputs)
+    for number in layers:
+        modules[number].processor = ByHand(tau, rows, image)
+    return run(changed, inputs)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_equal_to_the_model_changed_by_hand(name):
+    """Chosen layers, rows and image queries are what attention written out in these layers gives, and tau = 1 is nothing."""
+    model, inputs = build(name)
+    counts, layers, image = MODELS[name][3:]
+    plain, atol = run(model, inputs), 1e-5 if name == "Flux" else 1e-10  # Flux turns its queries in float32
+    calls = erg.attention_calls(model, **inputs)
+    assert (sum(c.kind == "self" for c in calls), sum(c.kind == "cross" for c in calls)) == counts
+    torch.testing.assert_close(by_hand(model, inputs, range(counts[0]), 1.0), plain, rtol=0, atol=atol)
+    with erg.rectify(model, tau=1.0):
+        assert torch.equal(run(model, inputs), plain)
+    results = [plain]
+    for rows in (None, slice(1, 2)):
+        for queries in [None, image] if image else [None]:
+            expected = by_hand(model, inputs, layers, TAU, rows or slice(None), queries)
+            for _ in range(2):  # the second time by the plan that the first one learned
+                with erg.rectify(model, tau=TAU, layers=layers, rows=rows, queries=queries):
+                    result = run(model, inputs)
+                torch.testing.assert_close(result, expected, rtol=0, atol=atol)
+                assert rows is None or torch.equal(result[0], plain[0])
+            results.append(result)
+    assert all((a - b).abs().max() > 100 * atol for i, a in enumerate(results) for b in results[:i])
+    assert torch.equal(run(model, inputs), plain)
+
+
+@pytest.mark.parametrize("name", [name for name in MODELS if MODELS[name][5]])
+def test_the_order_of_tokens(name, monkeypatch):
+    """The queries that change with the image alone are those that the table above calls the image's."""
+    model, inputs = build(name)
+    seen, attend = [], torch.nn.functional.scaled_dot_product_attention
+
+    def spy(query, *args, **kwargs):
+        seen.append(query)
+        return attend(query, *args, **kwargs)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", spy)
+    run(model, inputs)
+    first = seen[0]
+    seen.clear()
+    run(model, {**inputs, "hidden_states": inputs["hidden_states"] + 1})
+    moved = (seen[0] != first).flatten(0, 1).any(0).any(-1).nonzero().flatten().tolist()
+    assert moved == list(range(first.shape[-2]))[MODELS[name][5]] and len(moved) < first.shape[-2]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_bad_input_leaves_the_model_as_it_was(name):
+    """Layers, rows and image tokens that there are not, and training mode: one error each, and the model untouched."""
+    model, inputs = build(name)
+    counts, plain = MODELS[name][3], run(model, inputs)
+    for wrong, error, message in (
+            (dict(layers=[0, counts[0]]), RuntimeError, f"no attention call {counts[0]} .* made {counts[0]} "),
+            (dict(rows=slice(1, 3)), ValueError, r"rows=slice\(1, 3, None\) does not fit a dimension of 2"),
+            (dict(queries=slice(0, 4096)), ValueError, "queries=slice.* does not fit")):
+        with pytest.raises(error, match=message):
+            with erg.rectify(model, tau=TAU, **wrong):
+                run(model, inputs)
+    model.train()
+    try:
+        with pytest.raises(ValueError, match="training mode"):
+            with erg.rectify(model, tau=TAU):
+                run(model, inputs)
+    finally:
+        model.eval()
+    assert torch.equal(run(model, inputs), plain)
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+@pytest.mark.parametrize("name, blocks", [("SD3", False), ("Flux", False), ("DiT", False), ("PixArt", False),
+                                          ("SD 1.5", False), ("SD3.5 with QK-norm", True), ("Flux", True)])
+def test_compiled(name, blocks):
+    """Compiled as a whole, block by block or by diffusers' compile_repeated_blocks, without a graph break, rectified models agree."""
+    torch._dynamo.reset()
+    model, inputs = build(name)
+    _, layers, image = MODELS[name][3:]
+    settings = dict(tau=TAU, layers=layers, rows=slice(1, 2), queries=image)
+    with erg.rectify(model, **settings):
+        expected = run(model, inputs)
+    fast = copy.deepcopy(model)
+    options = dict(backend="aot_eager", fullgraph=True)
+    if blocks and name == "Flux":
+        fast.compile_repeated_blocks(**options)
+    elif blocks:
+        for block in fast.transformer_blocks:
+            block.compile(**options)
+    else:
+        fast = torch.compile(fast, **options)
+    for _ in range(3):
+        torch.testing.assert_close(run(fast, inputs), run(model, inputs), rtol=0, atol=1e-8)
+        with erg.rectify(fast, **settings):
+            torch.testing.assert_close(run(fast, inputs), expected, rtol=0, atol=1e-8)
+    torch._dynamo.reset()
