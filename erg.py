@@ -338,6 +338,7 @@ class _Pass:
         self.rule, self.active, self.full = rule, True, True
         self.paused = False  # the model was entered again before this pass ended
         self.batches = {rule.batch} if rule and rule.batch is not None else set()  # rows that calls may have; empty: any
+        self.rows = set()  # rows that rectified calls had
         self.calls, self.owners, self.counts = [], [], {"self": 0, "cross": 0, "all": 0}
         self.last, self.chosen = None, False
 
@@ -353,7 +354,7 @@ class _Pass:
         try:
             if self.chosen:
                 if self.batches and not torch.compiler.is_compiling():
-                    self.check_batch(*args, **kwargs)
+                    self.note_rows(*args, **kwargs)
                 return self.rule.attend(*args, **kwargs)
             return F.scaled_dot_product_attention(*args, **kwargs)
         finally:
@@ -369,12 +370,16 @@ class _Pass:
             self.owners.append(_running_module())
         return self.rule is not None and (self.rule.chooses(kind, number) or self.rule.chooses("all", position))
 
-    def check_batch(self, query, *args, **kwargs):
-        """An error if the rows of an attention call are not the model's."""
-        if len(query) not in self.batches:
-            raise ValueError(f"an attention call has {len(query)} rows where {sorted(self.batches)} were expected: the model "
-                             "folds space or time into the batch, or goes through it in a loop, so that rows would be "
-                             "others; use two passes, one plain and one rectified without rows (batched=False)")
+    def note_rows(self, query, *args, **kwargs):
+        self.rows.add(len(query))
+        self.check_rows(self.batches)
+
+    def check_rows(self, batches):
+        """An error if the rows of a rectified call are not samples: `batches` are the numbers of rows that may be."""
+        for rows in self.rows - batches if batches else ():
+            raise ValueError(f"an attention call has {rows} rows where {sorted(batches)} were expected: the model folds "
+                             "space or time into the batch, or goes through it in a loop, so that rows would be others; "
+                             "use two passes, one plain and one rectified without rows (batched=False)")
 
     def done(self):
         """Whether no chosen layer is still to come."""
@@ -430,6 +435,13 @@ _around = weakref.WeakKeyDictionary()  # compiled module -> what open contexts d
 def _given(args, kwargs):
     """Which arguments a forward has: a model may attend elsewhere with others, with an image for example."""
     return len(args), tuple(x is None for x in args), tuple(sorted(name for name, x in kwargs.items() if x is not None))
+
+
+def _lengths(tree):
+    """The first dimensions of all tensors in a tree, and the lengths of its lists."""
+    lists = pytree.tree_leaves(tree, is_leaf=lambda x: isinstance(x, list))
+    lengths = {len(x) for x in lists if isinstance(x, list)}
+    return lengths | {len(x) for x in pytree.tree_leaves(tree) if isinstance(x, Tensor) and x.dim()}
 
 
 def _is_compiled(module):
@@ -491,7 +503,7 @@ class _Attachment:
         self.passes.append(this)
         self.forwards += 1
         if self.rule.rows is not None and not this.batches:
-            this.batches = {len(x) for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor) and x.dim()}
+            this.batches = _lengths((args, kwargs))
         this.given = _given(args, kwargs)
         this.full, this.active = this.given not in _attending.get(self.model, {}), self.when is None or bool(self.when(*args, **kwargs))
         self.push(this, this.active and this.full)
@@ -511,6 +523,8 @@ class _Attachment:
             if this.full and not self.passes:
                 self.learn(this)
             this.check()
+            if self.rule.batch is None:
+                this.check_rows(_lengths(output))
 
     def leave_stance(self):
         if self.stance is not None:
@@ -652,7 +666,7 @@ def rectify(model=None, *, tau=None, alpha=1.0, gamma=1.0, steps=1, layers=None,
     when: a function of the arguments of the model's forward; where it returns False, that forward is
         ordinary. This is kappa inside somebody else's sampling loop.
     batch: the rows that every rectified call must have; an error if the model folds space or time into them.
-        By default, with `rows` and a model: the first dimension of one of its arguments.
+        By default, with `rows` and a model: the first dimension of some of its arguments, and of its output.
 
     The model is left as it was, also after an exception. Contexts nest; of two on one module the inner one is
     applied first. All this holds in the thread that opened the context, and for inference: gradients flow, but
