@@ -19,7 +19,7 @@ tau = 0 is uniform attention, not "off". alpha = gamma = tau = K = 1 is ordinary
 the paper's K). Layers are range(l_min, l_max), l_max exclusive, numbered among self-attention calls.
 
 Shapes: B batch, H heads, S queries, N keys, D = d head dimension.
-Needs PyTorch 2.5 or newer and nothing else. MIT licence.
+Needs PyTorch 2.6 or newer and nothing else. MIT licence.
 """
 import contextlib
 import dataclasses

@@ -27,7 +27,8 @@ class Graphs:
 def afresh():
     """Nothing that an earlier test compiled, and more than the usual 8 graphs for one function."""
     torch._dynamo.reset()
-    with torch._dynamo.config.patch(recompile_limit=32):
+    limit = "recompile_limit" if hasattr(torch._dynamo.config, "recompile_limit") else "cache_size_limit"
+    with torch._dynamo.config.patch({limit: 32}):
         yield
     torch._dynamo.reset()
 
@@ -171,7 +172,8 @@ def test_errors_leave_a_compiled_model_as_it_was(model, inputs, how):
 def test_the_module_behind_a_compiled_one_is_refused(model, inputs):
     """Hooks would be compiled along: the error says which module to give."""
     fast = torch.compile(model, backend="aot_eager", fullgraph=True)
-    with pytest.raises(Exception, match="give rectify the module that"):
+    message = "give rectify the module that" if torch.__version__ >= "2.7" else None  # before, Dynamo kept it to itself
+    with pytest.raises(Exception, match=message):
         with erg.rectify(model, tau=0.1, layers=[2]):
             fast(*inputs)
 

@@ -241,3 +241,32 @@ def test_compiled(name, blocks):
         with erg.rectify(fast, **settings):
             torch.testing.assert_close(run(fast, inputs), expected, rtol=0, atol=1e-8)
     torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("backend", ["native", "_native_math"])
+def test_attention_back_ends_of_diffusers(backend):
+    """diffusers' native back ends are reached, and give what attention by hand gives."""
+    model, inputs = build("Flux")
+    expected = by_hand(model, inputs, [1, 2], TAU)
+    model = copy.deepcopy(model)
+    model.set_attention_backend(backend)
+    for _ in range(2):
+        with erg.rectify(model, tau=TAU, layers=[1, 2]):
+            torch.testing.assert_close(run(model, inputs), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_another_back_end_raises():
+    """A back end that is not scaled_dot_product_attention is an error with the remedy, which works."""
+    model, inputs = copy.deepcopy(build("Flux"))
+    model, inputs = model.float(), {name: value.float() for name, value in inputs.items()}
+    model.set_attention_backend("flex")
+    plain = run(model, inputs)
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="PyTorch's native back end"):
+            with erg.rectify(model, tau=TAU, layers=[1, 2]):
+                run(model, inputs)
+    assert torch.equal(run(model, inputs), plain)
+    model.set_attention_backend("native")
+    with erg.rectify(model, tau=TAU, layers=[1, 2]):
+        assert (run(model, inputs) - plain).abs().max() > 1e-3

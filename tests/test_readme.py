@@ -55,3 +55,21 @@ def test_its_table_is_an_excerpt_of_the_results():
         label, *cells = (cell.strip() for cell in row.strip("| ").replace("**", "").split(" | "))
         same = " ".join(line for line in page.splitlines() if line.startswith(f"| {label} |"))
         assert same and all(f"| {cell} |" in same for cell in cells), row
+
+
+def test_the_list_of_models_is_complete():
+    """examples/MODELS.md names every class of the zoo, and quotes the error of those that are out of reach."""
+    import torch
+
+    import erg
+    from zoo import UNREACHABLE, ZOO
+    page = (ROOT / "examples/MODELS.md").read_text()
+    named = set(re.findall(r"`(\w+)`", page))
+    assert set(ZOO) | set(UNREACHABLE) <= named
+    assert {name for name in named if name.endswith(("Model", "UNet", "Transformer"))} <= set(ZOO) | set(UNREACHABLE)
+    assert set(re.findall(r"`(\w+)`", page.split("## Out of reach")[1].split("The error")[0])) >= set(UNREACHABLE)
+    with pytest.raises(RuntimeError) as error:
+        identity = torch.nn.Identity().eval()
+        with erg.rectify(identity, tau=0.1, layers=[0]):
+            identity(torch.zeros(1))
+    assert f"RuntimeError: {error.value}".split() == re.search(r"```text\n(RuntimeError.*?)```", page, re.S).group(1).split()
