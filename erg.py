@@ -30,6 +30,7 @@ import re
 import sys
 import threading
 import types
+import warnings
 import weakref
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
@@ -461,7 +462,7 @@ class _Attachment:
     def __init__(self, model, rule, when):
         self.model, self.rule, self.when, self.thread = model, rule, when, threading.get_ident()
         self.passes, self.modes, self.entries, self.removals = [], [], [], []
-        self.forwards, self.followed, self.stance = 0, set(), None
+        self.forwards, self.rectified, self.followed, self.stance = 0, 0, set(), None
         self.parts, inside = [], set()  # compiled parts; all that they hold
         for module in model.modules():
             if module is not model and module not in inside and not _is_compiled(model) and _is_compiled(module):
@@ -506,6 +507,7 @@ class _Attachment:
             this.batches = _lengths((args, kwargs))
         this.given = _given(args, kwargs)
         this.full, this.active = this.given not in _attending.get(self.model, {}), self.when is None or bool(self.when(*args, **kwargs))
+        self.rectified += this.active
         self.push(this, this.active and this.full)
         if self.parts and this.active and this.full and self.stance is None:
             self.stance = torch.compiler.set_stance("force_eager")
@@ -664,7 +666,7 @@ def rectify(model=None, *, tau=None, alpha=1.0, gamma=1.0, steps=1, layers=None,
     attention: a function (q, k, v, **options of SDPA) -> out in place of `energy_attention`, for other
         weak models such as PAG or SEG; `queries` then says which of its outputs are used.
     when: a function of the arguments of the model's forward; where it returns False, that forward is
-        ordinary. This is kappa inside somebody else's sampling loop.
+        ordinary. This is kappa inside somebody else's sampling loop. A warning if it never returned True.
     batch: the rows that every rectified call must have; an error if the model folds space or time into them.
         By default, with `rows` and a model: the first dimension of some of its arguments, and of its output.
 
@@ -695,6 +697,25 @@ def rectify(model=None, *, tau=None, alpha=1.0, gamma=1.0, steps=1, layers=None,
     if not attachment.forwards:
         raise RuntimeError(f"{type(model).__name__} was rectified, but its forward never ran in the context: "
                            "is it the module that the sampler calls?")
+    if not attachment.rectified:
+        warnings.warn(f"when=... was true in none of {attachment.forwards} forwards: nothing was rectified", stacklevel=3)
+
+
+def second_forward(after):
+    """A `when` for samplers that run the model twice a step, the negative second: true where after(timestep) is.
+
+    For pipelines of diffusers without a batch of both (Flux, Qwen-Image, Wan); timestep is the largest that the
+    model is given, a number in its own units. Make a new one for each context.
+    """
+    last = None
+
+    def when(*args, timestep, **kwargs):
+        nonlocal last
+        now = timestep.max().item()
+        last = None if now == last else now
+        return last is None and after(now)
+
+    return when
 
 
 def attention_calls(function, *args, **kwargs):

@@ -20,10 +20,10 @@ class Attend(nn.Module):
 def test_uniform_and_one_hot_attention():
     """Zero queries give entropy log(N) and no certain row; huge ones give entropy 0 and certain rows alone."""
     k = torch.eye(7)[None, None]
-    uniform, = attention_certainty(Attend(), torch.zeros(1, 1, 7, 7), k)
+    uniform, = attention_certainty(Attend().eval(), torch.zeros(1, 1, 7, 7), k)
     assert uniform.entropy == pytest.approx(math.log(7), rel=1e-6) and uniform.relative_entropy == pytest.approx(1)
     assert uniform.certain == 0
-    hot, = attention_certainty(Attend(), 1000 * k, k)
+    hot, = attention_certainty(Attend().eval(), 1000 * k, k)
     assert hot.entropy == pytest.approx(0, abs=1e-6) and hot.certain == 1
 
 
@@ -35,7 +35,7 @@ def test_certainty_against_the_map_itself():
     for options in (dict(), dict(is_causal=True), dict(scale=1.3), dict(attn_mask=keep), dict(attn_mask=keep[:, :, :1])):
         identity = torch.eye(9).expand(2, 2, 9, 9)
         p = F.scaled_dot_product_attention(q, k, identity, enable_gqa=True, **options)
-        row, = attention_certainty(Attend(), q, k, threshold=0.6, chunk=4, enable_gqa=True, **options)
+        row, = attention_certainty(Attend().eval(), q, k, threshold=0.6, chunk=4, enable_gqa=True, **options)
         assert row.entropy == pytest.approx(torch.special.entr(p).sum(-1).mean().item(), rel=1e-5)
         assert row.certain == pytest.approx((p.amax(-1) > 0.6).float().mean().item(), rel=1e-6)
 

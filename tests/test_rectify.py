@@ -705,3 +705,11 @@ def test_mixed_devices_and_dtypes(model, inputs):
             with erg.rectify(model, attention=wrong, layers=[2]):
                 model(*inputs)
     assert torch.equal(model(*inputs), plain)
+
+
+def test_when_that_is_never_true_warns(model, inputs):
+    """A context whose `when` never holds did nothing, and says so."""
+    plain = model(*inputs)
+    with pytest.warns(UserWarning, match="true in none of 2 forwards"):
+        with erg.rectify(model, tau=0.1, when=lambda *args: False):
+            assert torch.equal(model(*inputs), plain) and torch.equal(model(*inputs), plain)

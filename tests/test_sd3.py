@@ -109,6 +109,7 @@ def test_i_erg_changes_the_negative_rows_alone(pipe):
     assert ((result - plain)[:2].flatten(1).norm(dim=1) > 1e-3).all()
 
 
+@pytest.mark.filterwarnings("ignore:when=... was true in none")
 @pytest.mark.parametrize("kappa", [0.0, 0.2, 0.5, 1.0])
 def test_kappa_under_the_shifted_schedule(pipe, kappa):
     """Exactly the steps with t > kappa are rectified, where t = 1 - sigma and sigma is shifted by 3."""
