@@ -23,6 +23,8 @@ Needs PyTorch 2.6 or newer and nothing else. MIT licence.
 """
 import contextlib
 import dataclasses
+import functools
+import itertools
 import math
 import numbers
 import operator
@@ -282,7 +284,7 @@ class _Rule:
             options["attn_mask"] = attn_mask[rows]
         key, value = (x if len(x) == 1 else x[rows] for x in (key, value))
         part = self.rectified(query[rows], key, value, **options)
-        return plain.index_copy(0, torch.arange(len(query), device=query.device)[rows], part)
+        return plain.index_copy(0, torch.arange(len(query), device=query.device)[rows], part.to(plain.dtype))
 
     def rectified(self, q, k, v, **options):
         if self.attention is None:
@@ -290,7 +292,7 @@ class _Rule:
                                     gamma=self.gamma, steps=self.steps, queries=self.queries, **options)
         out = self.attention(q, k, v, **options)
         wanted = ((*q.shape[:-1], v.shape[-1]), q.dtype, q.device)
-        if (tuple(out.shape), out.dtype, out.device) != wanted:
+        if (tuple(out.shape), out.dtype, out.device) != wanted and not torch.is_autocast_enabled(q.device.type):
             raise ValueError(f"attention={self.attention!r} returned {tuple(out.shape)}, {out.dtype}, on {out.device}; it must "
                              f"be {wanted[0]}, {q.dtype}, on {q.device}, as the queries")
         if self.queries is None:
@@ -336,25 +338,28 @@ class _Pass:
     """One forward pass: numbers its attention calls and rectifies the chosen ones. No rule: only lists them."""
 
     def __init__(self, rule=None):
-        self.rule, self.active, self.full = rule, True, True
+        self.rule, self.full, self.intercepting, self.within_part = rule, True, False, 0
         self.paused = False  # the model was entered again before this pass ended
         self.batches = {rule.batch} if rule and rule.batch is not None else set()  # rows that calls may have; empty: any
-        self.rows = set()  # rows that rectified calls had
+        self.rows = []  # rows that rectified calls had
         self.calls, self.owners, self.counts = [], [], {"self": 0, "cross": 0, "all": 0}
         self.last, self.chosen = None, False
 
     def answer(self, *args, **kwargs):
         """Answer one call of scaled_dot_product_attention."""
         _refuse_recomputation()
-        if self.paused or _runs_a_compiled_graph():
+        if self.paused:
             return F.scaled_dot_product_attention(*args, **kwargs)
+        if _runs_a_compiled_graph():
+            with torch._C.DisableTorchFunction():  # nor is it a call for outer contexts
+                return F.scaled_dot_product_attention(*args, **kwargs)
         outer = getattr(_thread, "call", None)
         if outer is None or outer is not self.last:  # else it is a further step of an inner context, counted before
             self.chosen = self.count(*args, **kwargs)
         self.last = _thread.call = outer or _Call()
         try:
             if self.chosen:
-                if self.batches and not torch.compiler.is_compiling():
+                if self.batches:
                     self.note_rows(*args, **kwargs)
                 return self.rule.attend(*args, **kwargs)
             return F.scaled_dot_product_attention(*args, **kwargs)
@@ -368,19 +373,20 @@ class _Pass:
         self.counts[kind], self.counts["all"] = number + 1, position + 1
         if self.full and not torch.compiler.is_compiling():
             self.calls.append((kind, number, tuple(query.shape), tuple(key.shape)))
-            self.owners.append(_running_module())
+            self.owners.append((*_running_module(), self.within_part > 0))
         return self.rule is not None and (self.rule.chooses(kind, number) or self.rule.chooses("all", position))
 
     def note_rows(self, query, *args, **kwargs):
-        self.rows.add(len(query))
-        self.check_rows(self.batches)
+        self.rows.append(len(query))
+        if not torch.compiler.is_compiling():
+            self.check_rows(self.batches)
 
     def check_rows(self, batches):
         """An error if the rows of a rectified call are not samples: `batches` are the numbers of rows that may be."""
-        for rows in self.rows - batches if batches else ():
+        for rows in set(self.rows) - batches if batches else ():
             raise ValueError(f"an attention call has {rows} rows where {sorted(batches)} were expected: the model folds "
                              "space or time into the batch, or goes through it in a loop, so that rows would be others; "
-                             "use two passes, one plain and one rectified without rows (batched=False)")
+                             "use two passes, one plain and one rectified without rows (batched=False); or give batch if it is right")
 
     def done(self):
         """Whether no chosen layer is still to come."""
@@ -401,11 +407,13 @@ class _Pass:
 
 
 def _running_module():
-    """The innermost nn.Module that was called and has not returned."""
-    frame = sys._getframe(2)
-    while frame is not None and frame.f_code is not nn.Module._call_impl.__code__:
+    """The innermost nn.Module that was called and has not returned, and whether torch.compile is further out."""
+    frame, owner = sys._getframe(2), None
+    while frame is not None and frame.f_code.co_name != "compile_wrapper":
+        if owner is None and frame.f_code is nn.Module._call_impl.__code__:
+            owner = frame.f_locals["self"]
         frame = frame.f_back
-    return frame and frame.f_locals["self"]
+    return owner, frame is not None
 
 
 def _runs_a_compiled_graph():
@@ -427,15 +435,15 @@ def _refuse_recomputation():
                            "turn activation checkpointing off")
 
 
-_attending = weakref.WeakKeyDictionary()  # model -> {which arguments are given: classes of its modules that attend}
-_attached = weakref.WeakKeyDictionary()  # model -> its _Attachments that are open, the outermost first
+_attending = weakref.WeakKeyDictionary()  # model -> {kind of arguments: classes of its modules that attend}
 _calls_within = weakref.WeakKeyDictionary()  # compiled part of a model -> {kind: attention calls that it makes}
-_around = weakref.WeakKeyDictionary()  # compiled module -> what open contexts do before and after its call
+_around = weakref.WeakKeyDictionary()  # module -> what open contexts do around its call, the outermost context first
 
 
 def _given(args, kwargs):
-    """Which arguments a forward has: a model may attend elsewhere with others, with an image for example."""
-    return len(args), tuple(x is None for x in args), tuple(sorted(name for name, x in kwargs.items() if x is not None))
+    """What a forward has as arguments: a model may attend elsewhere with others, such as an image or a switch."""
+    leaves, spec = pytree.tree_flatten((args, kwargs))
+    return str(spec), tuple(x.shape if isinstance(x, Tensor) else x if isinstance(x, (bool, str)) else type(x) for x in leaves)
 
 
 def _lengths(tree):
@@ -445,201 +453,179 @@ def _lengths(tree):
     return lengths | {len(x) for x in pytree.tree_leaves(tree) if isinstance(x, Tensor) and x.dim()}
 
 
-def _is_compiled(module):
-    return module._compiled_call_impl is not None or "_orig_mod" in module._modules
+def _uncompiled(module):
+    """What a call of a compiled module would be without its compiler; None for a module that is not compiled."""
+    call = module._compiled_call_impl
+    if getattr(call, "compiled", call) is not None:
+        return module._call_impl
+    return module._orig_mod if "_orig_mod" in module._modules else getattr(module.forward, "_torchdynamo_orig_callable", None)
+
+
+def _surround(module, opened, around):
+    """Call `around(run, *args, **kwargs)` for each call of a module, run(*args, **kwargs); returns what removes it."""
+    if not _around.get(module):
+        pairs, compiled = _around.setdefault(module, []), module._compiled_call_impl
+
+        def call(*args, **kwargs):
+            run = compiled or module._call_impl
+            for _, around in tuple(pairs):  # the first is the innermost
+                run = functools.partial(around, run)
+            return run(*args, **kwargs)
+
+        call.compiled = compiled
+        vars(module)["_compiled_call_impl"] = call  # setattr of a compiled module would reach the one behind it
+    pairs, entry = _around[module], (opened, around)
+    pairs.insert(0, entry)
+    pairs.sort(key=lambda entry: -entry[0])  # the context opened last is the innermost
+
+    def remove():
+        pairs.remove(entry)
+        kept = hasattr(module._compiled_call_impl, "compiled")  # else it was compiled meanwhile
+        if not pairs and kept:
+            vars(module)["_compiled_call_impl"] = module._compiled_call_impl.compiled
+        return kept
+
+    return remove
 
 
 class _Attachment:
     """A rule at work on a module: one _Pass for each of its forwards, in the thread that opened the context.
 
     To intercept every torch call of a forward costs 1.6 microseconds a call. So that is done only in a
-    model's first forward, which shows the classes of the modules that attend; later ones with the same
-    arguments given intercept only while a module of these classes runs, and only until all chosen layers are done.
+    model's first forward, which shows the classes of the modules that attend; later ones with arguments
+    alike intercept only while a module of these classes runs, and only until all chosen layers are done.
     Compiled parts of the model (blocks) run uncompiled in that first forward, which shows how many calls each
     makes. Later each has a numbering of its own, so that equal blocks share at most two graphs.
     """
 
+    opened = itertools.count()
+
     def __init__(self, model, rule, when):
         self.model, self.rule, self.when, self.thread = model, rule, when, threading.get_ident()
-        self.passes, self.modes, self.entries, self.removals = [], [], [], []
-        self.forwards, self.rectified, self.followed, self.stance = 0, 0, set(), None
-        self.parts, inside = [], set()  # compiled parts; all that they hold
-        for module in model.modules():
-            if module is not model and module not in inside and not _is_compiled(model) and _is_compiled(module):
-                self.parts.append(module)
+        self.number, self.passes, self.removals, self.followed = next(self.opened), [], [], set()
+        self.forwards, self.rectified = 0, 0  # the latter are those for which `when` was true
+        parts, inside = [], set()  # compiled parts; all that they hold
+        for module in model.modules() if _uncompiled(model) is None else ():
+            if module is not model and module not in inside and _uncompiled(module) is not None:
+                parts.append(module)
                 inside.update(module.modules())
-        self.outside = [module for module in model.modules() if module not in inside]
-        self.hook(model, self.enter, self.leave)
-        for part in self.parts:
-            self.hook(part, lambda args, kwargs, part=part: self.enter_part(part), self.leave_part)
-        _attached.setdefault(model, []).append(self)
+        self.outside = dict.fromkeys(module for module in model.modules() if module not in inside)  # an ordered set
+        self.classes = frozenset(map(type, self.outside))
+        self.surround(model, self.forward)
+        for part in parts:
+            self.surround(part, functools.partial(self.part, part))
         self.follow()
 
-    def hook(self, module, enter, leave):
-        def is_mine(called):  # not a deep copy that carries the hooks along, and not another thread
+    def surround(self, module, around):
+        def mine(run, /, *args, **kwargs):
             if torch.compiler.is_compiling():
-                raise RuntimeError("a rectified module is compiled together with its hooks: give rectify the module that "
-                                   "torch.compile returned, or call .compile() on it before")
-            return called is module and threading.get_ident() == self.thread
+                raise RuntimeError("a rectified module is compiled together with what surrounds it: give rectify the module "
+                                   "that torch.compile returned, or call .compile() on it before")
+            return (around if threading.get_ident() == self.thread else _plain)(run, *args, **kwargs)
 
-        def before(called, args, kwargs):
-            if is_mine(called):
-                enter(args, kwargs)
+        self.removals.append(_surround(module, self.number, mine))
 
-        def after(called, args, output):
-            if is_mine(called):
-                leave(output)  # None if the forward failed
-
-        if module._compiled_call_impl is not None:  # hooks of its own would be compiled along
-            self.removals.append(_go_around(module, before, after))
-            return
-        handles = [module.register_forward_pre_hook(before, with_kwargs=True),  # the last to enter
-                   module.register_forward_hook(after, always_call=True, prepend=True)]  # is the first to leave
-        self.removals += [handle.remove for handle in handles]
-
-    def enter(self, args, kwargs):
-        for outer in self.passes[-1:]:
-            outer.paused = True
-        this = _Pass(self.rule)
-        self.passes.append(this)
+    def forward(self, run, /, *args, **kwargs):
         self.forwards += 1
-        if self.rule.rows is not None and not this.batches:
-            this.batches = _lengths((args, kwargs))
-        this.given = _given(args, kwargs)
-        this.full, this.active = this.given not in _attending.get(self.model, {}), self.when is None or bool(self.when(*args, **kwargs))
-        self.rectified += this.active
-        self.push(this, this.active and this.full)
-        if self.parts and this.active and this.full and self.stance is None:
-            self.stance = torch.compiler.set_stance("force_eager")
-
-    def leave(self, output):
-        if not self.passes:  # another hook failed before `enter`
-            return
-        self.pop()
-        this = self.passes.pop()
-        for outer in self.passes[-1:]:
-            outer.paused = False
-        if not self.passes:
-            self.leave_stance()
-        if output is not None and this.active:
+        if self.when is not None and not self.when(*args, **kwargs):
+            this = None
+        else:
+            this = _Pass(self.rule)
+            self.rectified += 1
+            if self.rule.rows is not None and not this.batches:
+                this.batches = _lengths((args, kwargs))
+            given = self.classes, _given(args, kwargs)
+            this.full = given not in _attending.get(self.model, {}) or self.follow()
+        for outer in filter(None, self.passes[-1:]):
+            outer.paused = True
+        self.passes.append(this)
+        try:
+            output = self.intercept(this, this and this.full, run, *args, **kwargs)
+        finally:
+            self.passes.pop()
+            for outer in filter(None, self.passes[-1:]):
+                outer.paused = False
+        if this is not None:
             if this.full and not self.passes:
-                self.learn(this)
+                self.learn(this, given)
             this.check()
+            this.check_rows(this.batches)
             if self.rule.batch is None:
                 this.check_rows(_lengths(output))
+        return output
 
-    def leave_stance(self):
-        if self.stance is not None:
-            self.stance.__exit__(None, None, None)
-            self.stance = None
-
-    def enter_attention(self, args, kwargs):
+    def attention(self, run, /, *args, **kwargs):
         if not self.passes:
             _refuse_recomputation()
         this = self.passes[-1] if self.passes else None
-        really = this is not None and this.active and not this.full and not self.intercepts(this) and not this.done()
-        self.push(this, really)
+        really = this is not None and not this.full and not this.intercepting and not this.done()
+        return self.intercept(this, really, run, *args, **kwargs)
 
-    def leave_attention(self, output):
-        self.pop()
-
-    def enter_part(self, part):
+    def part(self, part, run, /, *args, **kwargs):
         """A compiled part has a pass of its own, which starts at 0, over the layers that are chosen in it."""
-        this, local, before, chosen = self.passes[-1] if self.passes else None, None, None, False
-        if this is not None and this.active:
-            before = dict(this.counts)
-            if not this.full and not self.intercepts(this):
-                if part in _calls_within:
-                    base, within = this.counts[self.rule.kind], _calls_within[part][self.rule.kind]
-                    chosen = [n for n in range(within) if self.rule.chooses(self.rule.kind, base + n)]
-                    local = _Pass(dataclasses.replace(self.rule, layers=chosen) if chosen else self.rule)
-                    local.batches = this.batches
-                else:  # it did not run in the forward that was learned
-                    chosen = True
-        self.entries.append((part, before, local))
-        self.push(local or this, bool(chosen))
-
-    def leave_part(self, output):
-        self.pop()
-        part, before, local = self.entries.pop() if self.entries else (None, None, None)
-        if before is None or output is None:
-            return
-        this = self.passes[-1]
-        if local is not None:
-            if sum(local.counts.values()) and local.counts != _calls_within[part]:
-                raise RuntimeError(f"a compiled {type(part).__name__} made {local.counts} attention calls, and "
-                                   f"{_calls_within[part]} before: compile the whole model instead")
-            this.counts = {kind: before[kind] + n for kind, n in _calls_within[part].items()}
+        this = self.passes[-1] if self.passes else None
+        if this is None:
+            return run(*args, **kwargs)
+        before, local, within = dict(this.counts), None, _calls_within.get(part)
+        if this.full:
+            this.within_part += 1
+            with _eager, torch.compiler.set_stance("force_eager"):
+                output = run(*args, **kwargs)
+            this.within_part -= 1
+        elif this.intercepting or within is None:
+            output = self.intercept(this, not this.intercepting, run, *args, **kwargs)
         else:
+            base = this.counts[self.rule.kind]
+            chosen = [n for n in range(within[self.rule.kind]) if self.rule.chooses(self.rule.kind, base + n)]
+            local = _Pass(dataclasses.replace(self.rule, layers=chosen) if chosen else self.rule)
+            local.batches = this.batches
+            output = self.intercept(local, bool(chosen), run, *args, **kwargs)
+            this.counts = {kind: before[kind] + n for kind, n in within.items()}
+            this.rows += local.rows
+        if local is None:
             made = {kind: this.counts[kind] - n for kind, n in before.items()}
-            if _calls_within.setdefault(part, made) != made:
-                raise RuntimeError(f"a compiled {type(part).__name__} made {made} attention calls, and "
-                                   f"{_calls_within[part]} before: compile the whole model instead")
+        else:
+            made = local.counts if chosen else within  # what an unchosen part did nobody saw
+        if _calls_within.setdefault(part, made) != made:
+            raise RuntimeError(f"a compiled {type(part).__name__} made {made} attention calls, and "
+                               f"{_calls_within[part]} before: compile the whole model instead")
+        return output
 
-    def intercepts(self, this):
-        """Whether a module further out intercepts for this pass already."""
-        return any(mode is not None and mode.forward_pass is this for mode in self.modes)
+    def intercept(self, this, really, run, /, *args, **kwargs):
+        if not really:
+            return run(*args, **kwargs)
+        this.intercepting = True
+        try:
+            with _Intercept(this):
+                return run(*args, **kwargs)
+        finally:
+            this.intercepting = False
 
-    def push(self, this, really):
-        self.modes.append(_Intercept(this) if really else None)
-        if really:
-            self.modes[-1].__enter__()
-
-    def pop(self):
-        mode = self.modes.pop() if self.modes else None
-        if mode is not None:
-            mode.__exit__(None, None, None)
-
-    def learn(self, this):
-        seen_all = len(this.owners) == this.counts["all"] > 0  # not in a model that is compiled as a whole
-        if seen_all and set(this.owners) <= set(self.model.modules()):
-            _attending.setdefault(self.model, {})[this.given] = {type(owner) for owner in this.owners}
-            for attachment in _attached[self.model]:
-                attachment.follow()
+    def learn(self, this, given):
+        seen_all = len(this.owners) == this.counts["all"] > 0
+        if seen_all and all(inside or (owner in self.outside and not compiled) for owner, compiled, inside in this.owners):
+            _attending.setdefault(self.model, {})[given] = {type(owner) for owner, *_ in this.owners}
+            self.follow()
 
     def follow(self):
+        """Surround the modules that attend; whether some were not yet, which in a forward under way may be too late."""
         classes = set().union(*_attending.get(self.model, {}).values())
-        for module in self.outside:
-            if type(module) in classes and module not in self.followed:
-                self.followed.add(module)
-                self.hook(module, self.enter_attention, self.leave_attention)
+        new = [module for module in self.outside if type(module) in classes and module not in self.followed]
+        for module in new:
+            self.followed.add(module)
+            self.surround(module, self.attention)
+        return bool(new)
 
     def close(self):
-        _attached[self.model].remove(self)
-        for remove in self.removals:
-            remove()
-        while self.modes:  # a KeyboardInterrupt runs no hooks
-            self.pop()
-        self.leave_stance()
+        if not all([remove() for remove in self.removals]):
+            raise RuntimeError("a rectified module was compiled in the context: compile it before")
 
 
-def _go_around(module, before, after):
-    """before and after around the compiled call of a module, as its hooks would be; returns what removes them."""
-    pairs = _around.setdefault(module, [])
-    if not pairs:
-        compiled = module._compiled_call_impl
+def _plain(run, /, *args, **kwargs):
+    return run(*args, **kwargs)
 
-        def call(*args, **kwargs):
-            entered, output = list(pairs), None
-            for before, _ in entered:
-                before(module, args, kwargs)
-            try:
-                output = compiled(*args, **kwargs)
-            finally:
-                for _, after in reversed(entered):
-                    after(module, args, output)
-            return output
 
-        call.compiled = compiled
-        module._compiled_call_impl = call
-    pairs.append((before, after))
-
-    def remove():
-        pairs.remove((before, after))
-        if not pairs:
-            module._compiled_call_impl = module._compiled_call_impl.compiled
-
-    return remove
+_eager = threading.RLock()  # torch.compiler's stance holds for all threads
 
 
 def _refuse_training(model):
@@ -728,7 +714,7 @@ def attention_calls(function, *args, **kwargs):
         function(*args, **kwargs)
     names = {m: name for name, m in function.named_modules()} if isinstance(function, nn.Module) else {}
     return AttentionCalls(AttentionCall(kind, number, names.get(owner, type(owner).__name__), query, key)
-                          for owner, (kind, number, query, key) in zip(this.owners, this.calls))
+                          for (owner, *_), (kind, number, query, key) in zip(this.owners, this.calls))
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1041,9 +1027,12 @@ class Guidance:
 def _match(negative, positive, x, batched):
     """The negative's condition, one row (the null prompt's) repeated for all of the positive's; an error if they differ in kind."""
     def one(n, p):
-        if not isinstance(n, Tensor):
+        if not isinstance(n, Tensor) or not isinstance(p, Tensor):
+            if isinstance(n, Tensor) or isinstance(p, Tensor) or (batched and n is not p and n != p):
+                raise ValueError(f"the negative's condition has {n!r} where the condition has {p!r}: one pass takes "
+                                 "tensors, and what is the same for both; batched=False takes other values")
             return n
-        n = n.expand(len(p), *n.shape[1:]) if len(n) == 1 else n
+        n = n.expand(len(p), *n.shape[1:]) if n.dim() and p.dim() and len(n) == 1 else n
         same = (n.dtype, n.device) == (p.dtype, p.device) and (n.shape == p.shape or not batched)
         if not same or (p.is_floating_point() and p.device != x.device):
             raise ValueError(f"the negative's condition has {tuple(n.shape)}, {n.dtype}, on {n.device} where the condition "
