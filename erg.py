@@ -97,11 +97,17 @@ def _check_energy(tau, alpha, gamma, steps):
 
 def _check_slice(name, part, length):
     """An error if the slice `part` reaches beyond `length`, selects nothing, or runs backwards."""
-    if not isinstance(part, slice):
-        raise TypeError(f"{name}={part!r} must be a slice")
+    _check_is_slice(name, part)
     beyond = any(end is not None and not -length <= end <= length for end in (part.start, part.stop))
     if beyond or not range(length)[part] or (part.step or 1) < 1:
-        raise ValueError(f"{name}={part} does not fit a dimension of {length}")
+        raise ValueError(f"{name}={part} does not fit the {length} {name} of an attention call "
+                         "(erg.attention_calls lists them)")
+
+
+def _check_is_slice(name, part):
+    ends = (part.start, part.stop, part.step) if isinstance(part, slice) else ("",)
+    if not all(end is None or isinstance(end, int) for end in ends):
+        raise TypeError(f"{name}={part!r} must be a slice of whole numbers")
 
 
 def _check_tau(tau, rows, q):
@@ -174,6 +180,8 @@ class AttentionCall:
 class AttentionCalls(list):
     """A model's attention calls in order, as AttentionCall; str() is a table of them."""
 
+    unreached = 0  # calls of F.multi_head_attention_forward (nn.MultiheadAttention), which rectify cannot reach
+
     def __str__(self):
         rows = [("kind", "number", "module", "heads", "queries", "keys")]
         for c in self:
@@ -184,6 +192,9 @@ class AttentionCalls(list):
                            for i, (cell, width) in enumerate(zip(row, widths))).rstrip() for row in rows]
         if any(c.kind == "self" for c in self):
             lines.append(f"middle third of self-attention: {self.middle_third()}")
+        if self.unreached or not self:
+            lines.append(f"out of reach: {self.unreached} calls of nn.MultiheadAttention" if self.unreached else
+                         "out of reach: nothing here calls F.scaled_dot_product_attention")
         return "\n".join(lines)
 
     def middle_third(self, kind="self"):
@@ -242,6 +253,8 @@ class _Rule:
 
     def __post_init__(self):
         _check_energy(1.0 if self.tau is None else self.tau, self.alpha, self.gamma, self.steps)
+        if isinstance(self.tau, Tensor) and self.tau.device.type == "cpu" and not (self.tau.isfinite() & (self.tau >= 0)).all():
+            raise ValueError(f"tau={self.tau} must be finite and at least 0")
         energy = self.tau is not None or (self.alpha, self.gamma, self.steps) != (1, 1, 1)
         if energy == (self.attention is not None):
             raise ValueError("give either tau, alpha, gamma or steps, or an attention function: "
@@ -251,8 +264,8 @@ class _Rule:
         object.__setattr__(self, "layers", _layers("layers", self.layers))
         object.__setattr__(self, "runs", _runs(self.layers))
         for name in ("rows", "queries"):
-            if not isinstance(getattr(self, name), (slice, type(None))):
-                raise TypeError(f"{name}={getattr(self, name)!r} must be a slice")
+            if getattr(self, name) is not None:
+                _check_is_slice(name, getattr(self, name))
         if self.queries is not None and self.tau is None and self.attention is None:
             raise ValueError(f"queries={self.queries} has no effect without tau")
 
@@ -314,6 +327,8 @@ class _Intercept(torch.overrides.TorchFunctionMode):
     def __torch_function__(self, function, _, args=(), kwargs=None):
         if function is F.scaled_dot_product_attention:
             return self.forward_pass.answer(*args, **(kwargs or {}))
+        if function is F.multi_head_attention_forward:
+            self.forward_pass.unreached += 1
         if torch.compiler.is_compiling() and function.__name__ in _PYTHON_METHODS and isinstance(args[0], Tensor):
             return getattr(args[0], function.__name__)(*args[1:], **(kwargs or {}))  # Dynamo would fail at its super()
         return function(*args, **(kwargs or {}))
@@ -344,6 +359,7 @@ class _Pass:
         self.rows = []  # rows that rectified calls had
         self.calls, self.owners, self.counts = [], [], {"self": 0, "cross": 0, "all": 0}
         self.last, self.chosen = None, False
+        self.unreached = 0  # calls of F.multi_head_attention_forward, within which no mode sees anything
 
     def answer(self, *args, **kwargs):
         """Answer one call of scaled_dot_product_attention."""
@@ -385,8 +401,9 @@ class _Pass:
         """An error if the rows of a rectified call are not samples: `batches` are the numbers of rows that may be."""
         for rows in set(self.rows) - batches if batches else ():
             raise ValueError(f"an attention call has {rows} rows where {sorted(batches)} were expected: the model folds "
-                             "space or time into the batch, or goes through it in a loop, so that rows would be others; "
-                             "use two passes, one plain and one rectified without rows (batched=False); or give batch if it is right")
+                             "space or time into the batch, or goes through it in a loop, so that rows would be others; or "
+                             "guidance is off, or the number of images another. Use two passes, one plain and one rectified "
+                             "without rows (batched=False), or give batch if these rows are right")
 
     def done(self):
         """Whether no chosen layer is still to come."""
@@ -396,14 +413,15 @@ class _Pass:
         """After the forward: an error unless every chosen layer was rectified."""
         count, layers = self.counts[self.rule.kind], self.rule.layers
         if count == 0 or not (layers is None or self.done()):
+            kind, cure = self.rule.kind, ""
+            if count == 0:
+                cure = (". Attention that runs elsewhere cannot be reached: load transformers models with attn_implementation="
+                        "'sdpa' (or give erg.encode their query projections), choose PyTorch's native back end, and replace "
+                        "nn.MultiheadAttention and nn.TransformerEncoder by modules that call it")
             missed = min(n for n in layers or {0} if n >= count)
-            raise RuntimeError(
-                f"layers={layers and sorted(layers)}: no attention call {missed} was rectified, because this forward "
-                f"made {count} attention calls of kind {self.rule.kind!r} through F.scaled_dot_product_"
-                "attention (numbered from 0; erg.attention_calls lists them; see kind for those that are not 'self'). "
-                "Attention that runs elsewhere cannot be reached: load transformers models with attn_implementation='sdpa' "
-                "(or give erg.encode their query projections), choose PyTorch's native back end, and replace nn.MultiheadAttention and nn.TransformerEncoder by modules "
-                "that call it")
+            raise RuntimeError(f"layers={layers and sorted(layers)[-9:]}: no attention call {missed} was rectified, because this "
+                               f"forward made {count} attention calls of kind {kind!r} through F.scaled_dot_product_attention "
+                               f"(numbered from 0; erg.attention_calls lists them, also those of another kind){cure}")
 
 
 def _running_module():
@@ -691,7 +709,8 @@ def second_forward(after):
     """A `when` for samplers that run the model twice a step, the negative second: true where after(timestep) is.
 
     For pipelines of diffusers without a batch of both (Flux, Qwen-Image, Wan); timestep is the largest that the
-    model is given, a number in its own units. Make a new one for each context.
+    model is given, a number in its own units: after(timestep) is false for the first steps. Make a new one for
+    each context.
     """
     last = None
 
@@ -713,8 +732,10 @@ def attention_calls(function, *args, **kwargs):
     with _Intercept(this), torch.no_grad(), torch.compiler.set_stance("force_eager"):
         function(*args, **kwargs)
     names = {m: name for name, m in function.named_modules()} if isinstance(function, nn.Module) else {}
-    return AttentionCalls(AttentionCall(kind, number, names.get(owner, type(owner).__name__), query, key)
-                          for (owner, *_), (kind, number, query, key) in zip(this.owners, this.calls))
+    calls = AttentionCalls(AttentionCall(kind, number, names.get(owner, type(owner).__name__), query, key)
+                           for (owner, *_), (kind, number, query, key) in zip(this.owners, this.calls))
+    calls.unreached = this.unreached
+    return calls
 
 
 # ------------------------------------------------------------------------------------------------
@@ -903,16 +924,23 @@ class ERG:
         _number("tau", self.tau, 0)
         _number("tau_c", self.tau_c, 0)
         _check_energy(self.tau, self.alpha, self.gamma, self.steps)
-        if self.kappa is not None and not (isinstance(self.kappa, numbers.Real) and 0 <= self.kappa <= 1):
+        if not isinstance(self.batched, bool):
+            raise TypeError(f"batched={self.batched!r} must be True or False")
+        kappa = 0 if self.kappa is None else self.kappa
+        if isinstance(kappa, bool) or not isinstance(kappa, numbers.Real) or not 0 <= kappa <= 1:
             raise ValueError(f"kappa={self.kappa!r} must be a number between 0 and 1")
         for name, kind in (("queries", slice), ("apg", APG), ("cads", CADS)):
             if not isinstance(getattr(self, name), (kind, type(None))):
-                raise TypeError(f"{name}={getattr(self, name)!r} must be a {kind.__name__} or None")
+                raise TypeError(f"{name}={getattr(self, name)!r} must be an erg.{kind.__name__} or None" if kind is not slice
+                                else f"{name}={getattr(self, name)!r} must be a slice or None")
         if self.negative not in (None, "null", "same"):
             raise ValueError(f"negative={self.negative!r} must be 'null' or 'same'")
         _layers("layers", self.layers)
-        for name, layers in (self.layers_c if isinstance(self.layers_c, Mapping) else {"layers_c": self.layers_c}).items():
-            _layers(name, layers)
+        by_name = isinstance(self.layers_c, Mapping)
+        if by_name and not self.layers_c:
+            raise ValueError("layers_c={} names no text encoder; None is all layers")
+        for name, layers in self.layers_c.items() if by_name else [(None, self.layers_c)]:
+            _layers(f"layers_c[{name!r}]" if by_name else "layers_c", layers)
         for name in ("layers", "kappa", "queries"):
             if getattr(self, name) is not None and not self.rectifies:
                 raise ValueError(f"{name}={getattr(self, name)!r} has no effect: tau = alpha = gamma = steps = 1 "
@@ -937,7 +965,7 @@ class ERG:
 
         The negative's is the weak encoding with C-ERG, encoder(null, **kwargs) without it, and None, which
         stands for the condition itself, with negative="same". `null` is the null prompt in the encoder's terms,
-        or a mapping of all of its keyword arguments. `name` picks from a layers_c by encoder.
+        or a mapping of all of its keyword arguments; it is not used with C-ERG. `name` picks from a layers_c by encoder.
         """
         by_name = isinstance(self.layers_c, Mapping)
         if by_name != (name is not None) or (by_name and name not in self.layers_c):
@@ -976,12 +1004,18 @@ class Guidance:
         self.settings, self.negative, self.generator, self.running = settings, negative, generator, 0.0
 
     def __call__(self, model, x, t, condition=None):
-        s, t = self.settings, float(t)
+        s = self.settings
+        if isinstance(t, Tensor) and t.numel() != 1:
+            raise ValueError(f"t has the shape {tuple(t.shape)}; it must be one number, the same for all samples")
+        t = float(t)
         if not 0 <= t <= 1:
             raise ValueError(f"t={t} must lie between 0 (noise) and 1 (data)")
+        if s.rectifies:
+            _refuse_training(model)
         if condition is None and (self.negative is not None or s.cads is not None):
             raise ValueError("condition=None leaves nothing to contrast with the negative's condition, or to anneal")
         w = s.w(t) if callable(s.w) else s.w
+        _number("w", w)
         positive = condition if s.cads is None else s.cads.anneal(condition, t, self.generator)
         negative = condition if self.negative is None else self.negative
         rectified = self.rectifies_at(t)
@@ -1032,6 +1066,9 @@ def _match(negative, positive, x, batched):
                 raise ValueError(f"the negative's condition has {n!r} where the condition has {p!r}: one pass takes "
                                  "tensors, and what is the same for both; batched=False takes other values")
             return n
+        if batched and (not p.dim() or len(p) != len(x)):
+            raise ValueError(f"the condition has a tensor of shape {tuple(p.shape)} where x has {len(x)} rows: one pass takes "
+                             "one row a sample; batched=False takes others")
         n = n.expand(len(p), *n.shape[1:]) if n.dim() and p.dim() and len(n) == 1 else n
         same = (n.dtype, n.device) == (p.dtype, p.device) and (n.shape == p.shape or not batched)
         if not same or (p.is_floating_point() and p.device != x.device):

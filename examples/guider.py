@@ -1,7 +1,8 @@
 """ERG in the modular pipelines of diffusers: a guider to put in the place of ClassifierFreeGuidance.
 
     from guider import EntropyRectifyingGuidance, weak_negative    # beside erg.py
-    guider = EntropyRectifyingGuidance(guidance_scale=5.0, tau=0.01, layers=range(6, 8), kappa=0.2)
+    guider = EntropyRectifyingGuidance(guidance_scale=5.0, tau=0.01, layers=range(6, 8), kappa=0.2,
+                                       queries=[0, (height // 16) * (width // 16)])    # the image tokens of SD3
     pipe.update_components(guider=guider)
     encoders = {pipe.text_encoder: range(1, 10), pipe.text_encoder_2: range(1, 31), pipe.text_encoder_3: range(1, 22)}
     with weak_negative(encoders, tau=0.1):                         # C-ERG; without it, negative_prompt=""
@@ -176,8 +177,9 @@ class EntropyRectifyingGuidance(BaseGuidance):
 def weak_negative(encoders, tau):
     """Context in which pipe(prompt=p, negative_prompt=p) takes the weak encoding of p for the negative (C-ERG).
 
-    encoders: {text encoder: its layers, None for all}. A forward on tokens that the encoder has met before is
-    rectified, so that it works in all pipelines that encode prompt and negative prompt by a forward each.
+    encoders: {text encoder: its layers, None for all}, without those that the pipeline lacks. A forward on tokens
+    that the encoder has met before is rectified, so that it works in all pipelines that encode prompt and negative
+    prompt by a forward each.
     """
     once = {encoder: set() for encoder in encoders}  # tokens met an odd number of times
 

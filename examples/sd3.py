@@ -1,7 +1,10 @@
 """Stable Diffusion 3 under CFG and under ERG, side by side, on an unmodified pipeline of diffusers.
 
-    python examples/sd3.py "a corgi in a spacesuit" --seed 0     # a GPU with 24 GB, or --offload; weights from the hub
+    python examples/sd3.py "a corgi in a spacesuit" --seed 0     # a GPU; --offload if its memory is short
     python examples/sd3.py --tiny                                # all of it on random weights, without a network
+
+The weights are gated: accept their licence on the hub and log in with `hf auth login` first. Needs diffusers, transformers,
+accelerate and matplotlib beside PyTorch. Run here with --tiny alone.
 
 The settings are those of the paper for sd3-medium (Table 7, appendix E): w = 5, 28 Euler steps, tau_i = 0.01 in layers
 6 and 7 where t > 0.2, tau_c = 0.1 in most layers of the three text encoders. To use it elsewhere, copy this file and
@@ -58,7 +61,8 @@ def guided(pipe, settings, rows, height, width):
     if settings.cads is not None:
         raise ValueError(f"cads={settings.cads!r} would change the embeddings at every step, which this script does not")
     side = pipe.vae_scale_factor * pipe.patch_size
-    queries = settings.queries or slice(0, (height // side) * (width // side))
+    tokens = (height // side) * (width // side)
+    queries = settings.queries or slice(0, tokens)
     kappa, running = 0.2 if settings.kappa is None else settings.kappa, [0.0]
 
     def project(transformer, args, kwargs, output):
@@ -69,12 +73,18 @@ def guided(pipe, settings, rows, height, width):
         x1, running[0] = settings.apg.update(positive, negative, settings.w, running[0])
         return (torch.cat([(x - x1) / sigma] * 2).to(output[0].dtype), *output[1:])
 
+    def after_kappa(*args, hidden_states, timestep, **kwargs):
+        made = (hidden_states.shape[-2] // pipe.patch_size) * (hidden_states.shape[-1] // pipe.patch_size)
+        if made != tokens:
+            raise ValueError(f"height={height}, width={width} are {tokens} image tokens, but the pipeline makes {made}")
+        return 1 - timestep[0].item() / 1000 > kappa + 1e-6
+
     with contextlib.ExitStack() as stack:
         if settings.rectifies:
             stack.enter_context(erg.rectify(
                 pipe.transformer, tau=settings.tau, alpha=settings.alpha, gamma=settings.gamma, steps=settings.steps,
                 layers=settings.layers, queries=queries if settings.tau != 1 else None, rows=slice(0, rows),
-                when=lambda *args, timestep, **kwargs: 1 - timestep[0].item() / 1000 > kappa + 1e-6))
+                batch=2 * rows, when=after_kappa))
         if settings.apg is not None:
             stack.callback(pipe.transformer.register_forward_hook(project, with_kwargs=True).remove)
         yield
@@ -131,9 +141,13 @@ def main(prompt="a red seven", model="stabilityai/stable-diffusion-3-medium-diff
     first, _, last = layers.partition(":")
     if not (first.isdigit() and last.isdigit() and int(first) < int(last)):
         raise ValueError(f"layers={layers!r} must be l_min:l_max with l_min < l_max, for example 6:8")
-    weak = dict(layers_c=DEFAULTS.layers_c) if tau_c != 1 else {}
-    settings = erg.ERG(w=w, tau=tau_i, layers=range(int(first), int(last)), kappa=kappa, tau_c=tau_c, alpha=alpha,
-                       gamma=gamma, steps=K, apg=erg.APG() if apg else None, **weak)
+    where = dict(layers_c=DEFAULTS.layers_c) if tau_c != 1 else {}
+    if (tau_i, alpha, gamma, K) != (1, 1, 1, 1):  # with I-ERG
+        where |= dict(layers=range(int(first), int(last)), kappa=kappa)
+    settings = erg.ERG(w=w, tau=tau_i, tau_c=tau_c, alpha=alpha, gamma=gamma, steps=K, apg=erg.APG() if apg else None,
+                       **where)
+    if steps < 1:
+        raise ValueError(f"steps={steps!r} must be at least 1")
     if tiny:
         pipe = tiny_pipeline()
     else:
@@ -183,7 +197,7 @@ if __name__ == "__main__":
     parser.add_argument("--steps", type=int, default=28, help="Euler steps")
     parser.add_argument("--images", type=int, default=1, help="images of the prompt, under each method")
     parser.add_argument("--seed", type=int, default=0, help="of the noise that both start from")
-    parser.add_argument("--w", type=float, default=DEFAULTS.w, help="guidance weight of both; 1 would be off")
+    parser.add_argument("--w", type=float, default=DEFAULTS.w, help="guidance weight of both, greater than 1")
     parser.add_argument("--tau-i", type=float, default=DEFAULTS.tau, help="temperature in the denoiser; 1 is off")
     parser.add_argument("--layers", default="6:8", help="l_min:l_max of the denoiser, l_max exclusive")
     parser.add_argument("--kappa", type=float, default=DEFAULTS.kappa, help="I-ERG acts where t > kappa (0 noise, 1 data)")

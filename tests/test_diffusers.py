@@ -201,7 +201,7 @@ def test_bad_input_leaves_the_model_as_it_was(name):
     counts, plain = MODELS[name][3], run(model, inputs)
     for wrong, error, message in (
             (dict(layers=[0, counts[0]]), RuntimeError, f"no attention call {counts[0]} .* made {counts[0]} "),
-            (dict(rows=slice(1, 3)), ValueError, r"rows=slice\(1, 3, None\) does not fit a dimension of 2"),
+            (dict(rows=slice(1, 3)), ValueError, r"rows=slice\(1, 3, None\) does not fit the 2 rows"),
             (dict(queries=slice(0, 4096)), ValueError, "queries=slice.* does not fit")):
         with pytest.raises(error, match=message):
             with erg.rectify(model, tau=TAU, **wrong):

@@ -28,7 +28,7 @@ close = functools.partial(torch.testing.assert_close, rtol=0, atol=1e-5)  # Flux
 def by_rows(rows):
     """The line for both prompts in one forward, the negative's in these rows, of a model that predicts noise."""
     return lambda pipe, model, layers: erg.rectify(
-        model, tau=TAU, layers=layers, rows=rows,
+        model, tau=TAU, layers=layers, rows=rows, batch=2 * B,
         when=lambda x, timestep, **kwargs: 1 - timestep.max().item() / 1000 > KAPPA)
 
 
@@ -211,7 +211,7 @@ CASES = {
     "Z-Image": lambda: Case(  # prompts first; image, then text, after layers of either alone; time is t
         build("ZImagePipeline", "ZImageTransformer2DModel", dict(n_layers=4)), [3, 4],
         lambda pipe, model, layers: erg.rectify(
-            model, tau=TAU, layers=layers, rows=slice(B, 2 * B), queries=slice(0, IMAGE),
+            model, tau=TAU, layers=layers, rows=slice(B, 2 * B), batch=2 * B, queries=slice(0, IMAGE),
             when=lambda x, t, *args, **kwargs: t[0].item() > KAPPA),
         dict(prompts(prompt_embeds=[list(normal(B, n, 6)) for n in (5, 3)]), guidance_scale=W - 1), 1, slice(0, IMAGE),
         normal(B, 4, 8, 12).float(), time=lambda timestep: (1000 - timestep) / 1000,

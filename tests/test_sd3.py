@@ -170,7 +170,7 @@ def test_the_pipeline_is_left_as_it_was(pipe):
     for error, message, wrong in (
             (RuntimeError, "no attention call 12", dict(layers=range(10, 13))),
             (RuntimeError, "no attention call 12", dict(layers_c=range(5, 13))),
-            (ValueError, "queries=slice.* does not fit a dimension of", dict(queries=slice(0, 4096))),
+            (ValueError, "queries=slice.* does not fit the .* queries", dict(queries=slice(0, 4096))),
             (ValueError, "w=1.0 must be a number greater than 1", dict(w=1.0)),
             (ValueError, "w=<function", dict(w=lambda t: 5.0)),
             (ValueError, "layers_c=.* names no layers of t5-xxl", dict(layers_c={"clip-vit-l": [1], "openclip-vit-g": [1]})),
@@ -182,6 +182,20 @@ def test_the_pipeline_is_left_as_it_was(pipe):
         latents(pipe, SETTINGS)
     pipe.text_encoder_2.eval()
     assert torch.equal(latents(pipe, erg.ERG(w=5.0)), before)
+
+
+def test_a_context_for_other_pictures_raises(pipe):
+    """Another size, another number of images, no guidance, or a third forward of the positives: an error, no wrong rows."""
+    embeddings = sd3.weak_embeddings(pipe, PROMPT, SETTINGS, max_sequence_length=16)
+    options = dict(embeddings, num_inference_steps=2, output_type="latent", height=64, width=96)
+    for rows, height, change, message in (
+            (2, 128, dict(), "height=128, width=96 are 48 image tokens, but the pipeline makes 24"),
+            (1, 64, dict(), r"has 4 rows where \[2\] were expected"),
+            (2, 64, dict(guidance_scale=1.0), r"has 2 rows where \[4\] were expected.*guidance is off"),
+            (2, 64, dict(skip_guidance_layers=[3], skip_layer_guidance_stop=0.9, num_inference_steps=4), "has 2 rows")):
+        with pytest.raises(ValueError, match=message):
+            with sd3.guided(pipe, SETTINGS, rows, height, 96):
+                pipe(**options | change)
 
 
 def test_fewer_parts(pipe):
@@ -207,6 +221,9 @@ def test_the_script_as_a_new_user_runs_it(tmp_path):
     assert f"wrote {out}" in done.stdout and out.stat().st_size > 10000 and time.monotonic() - start < 60
     cfg, ours = sd3.main(tiny=True, steps=2, out=str(out), apg=True)
     assert cfg.shape == ours.shape == (1, 128, 128, 3) and abs(cfg - ours).max() > 1e-3
-    for wrong in (dict(layers="6"), dict(layers="8:6"), dict(kappa=1.5), dict(tau_i=-1.0)):
+    assert abs(sd3.main(tiny=True, steps=2, out=str(out), tau_i=1.0)[1] - cfg).max() > 1e-3  # C-ERG alone
+    cfg, ours = sd3.main(tiny=True, steps=2, out=str(out), tau_i=1.0, tau_c=1.0)
+    assert (cfg == ours).all()
+    for wrong in (dict(steps=0), dict(layers="6"), dict(layers="8:6"), dict(kappa=1.5), dict(tau_i=-1.0)):
         with pytest.raises(ValueError, match=next(iter(wrong)).removesuffix("_i")):
             sd3.main(tiny=True, out=str(out), **wrong)
