@@ -427,7 +427,7 @@ class _Pass:
 def _running_module():
     """The innermost nn.Module that was called and has not returned, and whether torch.compile is further out."""
     frame, owner = sys._getframe(2), None
-    while frame is not None and frame.f_code.co_name != "compile_wrapper":
+    while frame is not None and "get_dynamic_layer_stack_depth" not in frame.f_code.co_names:  # torch.compile's wrapper
         if owner is None and frame.f_code is nn.Module._call_impl.__code__:
             owner = frame.f_locals["self"]
         frame = frame.f_back
@@ -455,6 +455,7 @@ def _refuse_recomputation():
 
 _attending = weakref.WeakKeyDictionary()  # model -> {kind of arguments: classes of its modules that attend}
 _calls_within = weakref.WeakKeyDictionary()  # compiled part of a model -> {kind: attention calls that it makes}
+_open = weakref.WeakKeyDictionary()  # model -> the threads that have contexts on it
 _around = weakref.WeakKeyDictionary()  # module -> what open contexts do around its call, the outermost context first
 
 
@@ -529,6 +530,9 @@ class _Attachment:
                 inside.update(module.modules())
         self.outside = dict.fromkeys(module for module in model.modules() if module not in inside)  # an ordered set
         self.classes = frozenset(map(type, self.outside))
+        if any(self.thread in _open.get(module, ()) for module in model.modules() if module is not model):
+            raise ValueError(f"a part of {type(model).__name__} has an open context: open that of the whole first")
+        _open.setdefault(model, []).append(self.thread)
         self.surround(model, self.forward)
         for part in parts:
             self.surround(part, functools.partial(self.part, part))
@@ -635,6 +639,7 @@ class _Attachment:
         return bool(new)
 
     def close(self):
+        _open[self.model].remove(self.thread)
         if not all([remove() for remove in self.removals]):
             raise RuntimeError("a rectified module was compiled in the context: compile it before")
 
@@ -674,10 +679,12 @@ def rectify(model=None, *, tau=None, alpha=1.0, gamma=1.0, steps=1, layers=None,
     batch: the rows that every rectified call must have; an error if the model folds space or time into them.
         By default, with `rows` and a model: the first dimension of some of its arguments, and of its output.
 
-    The model is left as it was, also after an exception. Contexts nest; of two on one module the inner one is
-    applied first. All this holds in the thread that opened the context, and for inference: gradients flow, but
-    activation checkpointing would repeat a forward without its context.
-    The model may be compiled, with torch.compile(model) or model.compile(), before the context is opened.
+    The model is left as it was, also after an exception. Contexts nest, that of a model around
+    those of its parts; of two on one module the inner one is applied first. All this holds in the thread that
+    opened the context, and for inference: gradients flow, but activation checkpointing would repeat a forward
+    without its context.
+    The model may be compiled, with torch.compile(model) or model.compile(), before the context is opened; or
+    its blocks, each of which must then attend as often in every forward with arguments alike.
     Raises ValueError for a model in training mode, and RuntimeError when a forward ends without having met
     every chosen layer, or when the context ends without a forward: nothing is ever silently left out.
     """
@@ -690,6 +697,7 @@ def rectify(model=None, *, tau=None, alpha=1.0, gamma=1.0, steps=1, layers=None,
         with _Intercept(this):
             yield
         this.check()
+        this.check_rows(this.batches)
         return
     if not isinstance(model, nn.Module):
         raise TypeError(f"model={model!r} must be a torch.nn.Module, or None to rectify all that runs in the context")
@@ -729,7 +737,7 @@ def attention_calls(function, *args, **kwargs):
     Compiled modules run uncompiled here. Returns AttentionCalls, a list of AttentionCall.
     """
     this, function = _Pass(), getattr(function, "_orig_mod", function)  # of a compiled module, the module itself
-    with _Intercept(this), torch.no_grad(), torch.compiler.set_stance("force_eager"):
+    with _Intercept(this), torch.no_grad(), _eager, torch.compiler.set_stance("force_eager"):
         function(*args, **kwargs)
     names = {m: name for name, m in function.named_modules()} if isinstance(function, nn.Module) else {}
     calls = AttentionCalls(AttentionCall(kind, number, names.get(owner, type(owner).__name__), query, key)
@@ -1063,8 +1071,9 @@ def _match(negative, positive, x, batched):
     def one(n, p):
         if not isinstance(n, Tensor) or not isinstance(p, Tensor):
             if isinstance(n, Tensor) or isinstance(p, Tensor) or (batched and n is not p and n != p):
-                raise ValueError(f"the negative's condition has {n!r} where the condition has {p!r}: one pass takes "
-                                 "tensors, and what is the same for both; batched=False takes other values")
+                n, p = (f"a tensor of shape {tuple(y.shape)}" if isinstance(y, Tensor) else repr(y) for y in (n, p))
+                raise ValueError(f"the negative's condition has {n} where the condition has {p}: they must both be tensors, "
+                                 "or equal; with batched=False they may be two values")
             return n
         if batched and (not p.dim() or len(p) != len(x)):
             raise ValueError(f"the condition has a tensor of shape {tuple(p.shape)} where x has {len(x)} rows: one pass takes "

@@ -1,4 +1,5 @@
 """Rectified models under torch.compile and CUDA graphs: the same numbers, no graph break, no needless compilation."""
+import contextlib
 import copy
 import threading
 
@@ -10,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import erg
 from conftest import random_model
+from test_rectify import Loop, Text, chain, example, only, same
 
 
 class Graphs:
@@ -95,6 +97,7 @@ def test_equal_blocks_share_their_graphs(inputs):
     assert graphs.count == 2
 
 
+@pytest.mark.filterwarnings("ignore:when=... was true in none")
 @pytest.mark.parametrize("how", [*WHOLE, "block.compile()"])
 def test_kappa_under_compile(model, inputs, how):
     """`when` is asked outside of the graph: forwards before kappa are the plain ones."""
@@ -167,7 +170,7 @@ def test_errors_leave_a_compiled_model_as_it_was(model, inputs, how):
         thread.join()
     torch.testing.assert_close(results[0], plain, rtol=0, atol=1e-12)
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in fast.modules())
-    assert erg._around == {} or not any(erg._around.values())
+    assert all(not around for module, around in erg._around.items() if module in set(fast.modules()))
 
 
 def test_the_module_behind_a_compiled_one_is_refused(model, inputs):
@@ -264,3 +267,143 @@ def test_cuda_graphs(model, inputs, how):
             graph.replay()
             results.append(out.clone())
     torch.testing.assert_close(results, expected, rtol=1e-4, atol=1e-4)
+
+
+class Blocks(nn.Sequential):
+    blocks = property(lambda self: self)
+
+    def forward(self, x, t=None, condition=None):
+        return super().forward(x)
+
+
+@pytest.mark.parametrize("how", WHOLE + PARTS)
+@pytest.mark.parametrize("scoped", [True, False])
+def test_rows_that_are_not_samples_are_refused_under_compile(how, scoped):
+    """A compiled model that folds space into the batch is refused as an eager one is, by rectify and by Guidance."""
+    fast, settings = compiled(Blocks(Loop("folded")).eval(), how, "aot_eager"), erg.ERG(w=2.0, tau=0.1, negative="same")
+    for _ in range(2):
+        with erg.rectify(fast, tau=0.1):
+            fast(example(4, 2, 6, 8))
+        with pytest.raises(ValueError, match=r"has 8 rows where \[4\] were expected"):
+            with erg.rectify(fast if scoped else None, tau=0.1, rows=slice(2, 4), batch=None if scoped else 4):
+                fast(example(4, 2, 6, 8))
+        with pytest.raises(ValueError, match=r"has 16 rows where \[8\] were expected.*batched=False"):
+            erg.Guidance(settings)(fast if scoped else lambda *args: fast(*args), example(4, 2, 6, 8), 0.5)
+
+
+@pytest.mark.parametrize("layers, taus", [((0, 1), [0.5, 0.1, 1]), ((1, 1), [1, 0.05, 1]), ((2, 1), [1, 0.1, 0.5])])
+@pytest.mark.parametrize("scoped", [True, False])
+def test_nested_contexts_temper_once_under_the_back_end_eager(layers, taus, scoped):
+    """The back end that runs a graph's torch calls in the open shows none of them to two contexts a second time."""
+    x, fast = example(2, 3, 5, 4), torch.compile(Blocks(Text(), Text(), Text()).eval(), backend="eager")
+    for _ in range(2):
+        with erg.rectify(fast if scoped else None, tau=0.5, layers=layers[:1]):
+            with erg.rectify(fast, tau=0.1, layers=layers[1:]):
+                same(fast(x), chain(x, taus))
+
+
+@pytest.mark.parametrize("how", PARTS)
+@pytest.mark.parametrize("way", ["0", "forward", "shared"])
+def test_attention_in_a_compiled_part_that_is_reached_otherwise(how, way):
+    """Attention inside a compiled block that runs without a call of the block has its number like others."""
+    x, model = example(2, 3, 5, 4), Blocks(*(nn.Sequential(Text()) for _ in range(2))).eval()
+    model[0].shared, calls = model[0][0], 5 if way == "forward" else 4  # the first block attends twice
+    fast = compiled(model, how, "aot_eager")
+    fast.forward = lambda x: fast[1](fast[0](getattr(fast[0], way)(x)))
+    for layer in range(2 * calls):
+        with erg.rectify(fast, tau=0.1, layers=[layer // 2]):
+            same(fast(x), chain(x, only(layer // 2, calls)))
+
+
+@pytest.mark.parametrize("change", [lambda block: block.append(Text()), lambda block: block.__setitem__(0, nn.Tanh())])
+def test_a_compiled_part_that_makes_another_number_of_calls(change):
+    """A compiled block with a chosen layer that attends more or less often than before raises."""
+    x, model = example(2, 3, 5, 4), Blocks(*(nn.Sequential(Text()) for _ in range(3))).eval()
+    fast = compiled(model, PARTS[0], "aot_eager")
+    with erg.rectify(fast, tau=0.1, layers=[1]):
+        for _ in range(2):
+            same(fast(x), chain(x, [1, 0.1, 1]))
+        change(fast[1])
+        with pytest.raises(RuntimeError, match="compile the whole model instead"):
+            fast(x)
+
+
+@pytest.mark.parametrize("how", ["whole", "method"])
+@pytest.mark.parametrize("first_stance", ["default", "force_eager"])
+def test_eager_forwards_of_compiled_code_are_not_learned(how, first_stance):
+    """Where Dynamo has reached its limit of graphs, or was told to let code run uncompiled, results stay right."""
+    x, fast = example(2, 3, 5, 4), Blocks(*(Text() for _ in range(4))).eval()
+    first = torch.compile(lambda x: fast[1](fast[0](x)), backend="aot_eager")
+    if how == "method":  # of which no module tells
+        fast.forward = lambda x: fast[3](fast[2](first(x)))
+    else:
+        fast.compile(backend="aot_eager")
+    limit = "recompile_limit" if hasattr(torch._dynamo.config, "recompile_limit") else "cache_size_limit"
+    fast(x)
+    for n in range(24):  # each rule twice; beside layers it chooses all there is
+        layer, all_of_them = n // 2 % 4, [{}, dict(queries=slice(5)), dict(rows=slice(2))][n // 8]
+        with torch._dynamo.config.patch({limit: 2}), torch.compiler.set_stance("default" if n else first_stance):
+            with erg.rectify(fast, tau=0.1, layers=[layer], **all_of_them):
+                same(fast(x), chain(x, only(layer, 4)))
+
+
+@pytest.mark.parametrize("how", PARTS)
+def test_contexts_of_a_model_and_of_its_compiled_block(how):
+    """A context of a compiled block inside that of its model acts in the first forward as in later ones."""
+    x, model = example(2, 3, 5, 4), Blocks(*(nn.Sequential(Text()) for _ in range(3))).eval()
+    fast = compiled(model, how, "aot_eager")
+    for _ in range(3):
+        with erg.rectify(fast, tau=0.5, layers=[1]), erg.rectify(fast[2], tau=0.2):
+            same(fast(x), chain(x, [1, 0.5, 0.2]))
+
+
+def compiles():
+    """Whether torch.compile's stance was not left on."""
+    torch.compile(F.gelu, backend=(graphs := Graphs()))(torch.ones(1))
+    return graphs.count == 1
+
+
+@pytest.mark.parametrize("how, where", [("eager", "hook"), (PARTS[0], "hook"), ("eager", "when"), (WHOLE[1], "when")])
+def test_interrupts_caught_inside_the_context(how, where):
+    """An interrupt in a forward, or in an inner `when`, leaves later forwards, other models and compilation right."""
+    x, fast, on = example(2, 3, 5, 4), Blocks(*(nn.Sequential(Text()) for _ in range(3))).eval(), []
+
+    def interrupt(*_):
+        if on:
+            raise KeyboardInterrupt
+
+    if where == "hook":
+        fast[1].register_forward_pre_hook(interrupt)
+    for module in {"eager": (), PARTS[0]: fast, WHOLE[1]: [fast]}[how]:
+        module.compile(backend="aot_eager")
+    for _ in range(2):
+        when = lambda x: where == "hook" or not interrupt()
+        with erg.rectify(fast, tau=0.5), erg.rectify(fast, tau=0.1, layers=[2], when=when):
+            on.append(True)
+            with pytest.raises(KeyboardInterrupt):
+                fast(x)
+            on.clear()
+            assert compiles()
+            same([Text()(x), fast(x)], [chain(x, [1]), chain(x, [0.5, 0.5, 0.05])])
+
+
+@pytest.mark.parametrize("other", ["rectify", "attention_calls"])
+def test_threads_leave_compilation_on(other):
+    """A forward that ends while another thread's runs uncompiled does not leave torch.compile off for good."""
+    x, began, models = example(2, 3, 5, 4), [threading.Event(), threading.Event()], []
+
+    def work(me):
+        calls = me and began[0].wait(10) and other == "attention_calls"
+        with contextlib.nullcontext() if calls else erg.rectify(models[me], tau=0.1):
+            erg.attention_calls(models[me], x) if calls else models[me](x)
+
+    threads = [threading.Thread(target=work, args=(me,)) for me in (0, 1)]
+    for me, wait in enumerate((lambda: began[1].wait(0.5), lambda: threads[0].join(5))):
+        models.append(compiled(Blocks(Text()).eval(), PARTS[0], "aot_eager"))
+        models[me][0].register_forward_pre_hook(lambda *_, me=me, wait=wait: (began[me].set(), wait(), None)[2])
+    try:
+        [thread.start() for thread in threads]
+        [thread.join() for thread in threads]
+        assert all(event.is_set() for event in began) and compiles()
+    finally:
+        torch.compiler.set_stance("default")

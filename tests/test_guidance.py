@@ -1,6 +1,7 @@
 """Sections 4 to 6 of erg.py: C-ERG, the guidance update, APG, CADS, and the settings."""
 import dataclasses
 import math
+import re
 
 import pytest
 import torch
@@ -384,7 +385,7 @@ def test_cads_touches_the_positive_alone(model, inputs, tokens, null):
     (dict(w=2, negative="none"), "negative='none'"), (dict(w=2, layers=[1]), "layers=[1] has no effect"),
     (dict(w=2, kappa=0.3), "kappa=0.3 has no effect"), (dict(w=2, queries=slice(4)), "has no effect"),
     (dict(w=2, layers_c=[1]), "layers_c=[1] has no effect"), (dict(w=2, tau_c=0.1, negative="null"), "negative='null' has no effect"),
-    (dict(w=2, negative="same"), "no guidance"), (dict(w=2, tau_c=0.1, layers_c={"clip": [-1]}), "clip=[-1]"),
+    (dict(w=2, negative="same"), "no guidance"), (dict(w=2, tau_c=0.1, layers_c={"clip": [-1]}), "layers_c['clip']=[-1]"),
 ])
 def test_settings_validate_themselves(wrong, message):
     """Values out of range, and options that would do nothing, are errors that name them."""
@@ -416,7 +417,7 @@ def test_settings_are_frozen_and_missing_conditions_are_named(model, tokens, inp
     with pytest.raises(ValueError, match="name='clip' has no effect"):
         settings.encode(model.encoder, tokens, name="clip")
     for wrong in (dict(apg=True), dict(cads={}), dict(tau=0.1, queries=16)):
-        with pytest.raises(TypeError, match="must be a .* or None"):
+        with pytest.raises(TypeError, match="must be an? .* or None"):
             erg.ERG(w=2.0, **wrong)
     with pytest.raises(TypeError, match="must be an erg.ERG"):
         erg.Guidance(2.0)
@@ -492,3 +493,38 @@ def test_layers_that_would_be_used_up():
     """An iterator of layers is refused: it would be empty at the second use."""
     with pytest.raises(ValueError, match="layers=<generator"):
         erg.ERG(w=2.0, tau=0.1, layers=(n for n in range(3)))
+
+
+@pytest.mark.parametrize("values", [(5.0, 2.0), ("b", "a"), (True, False), (None, 2)])
+def test_conditions_with_values_that_are_not_tensors(inputs, values):
+    """Values that are not tensors may differ in two passes; in one that is an error, as tensors against None are."""
+    x, ones = inputs[0], torch.ones(4, dtype=torch.float64)
+    model = lambda x, t, c: (2 if c[0] == values[1] else 5) * x + c[1].view(-1, 1, 1, 1)
+    guide = lambda batched, n, p: erg.Guidance(erg.ERG(w=3.0, batched=batched), (n, -ones))(model, x, 0.5, (p, ones))
+    torch.testing.assert_close(guide(False, *values), 3 * (2 * x + 1) - 2 * (5 * x - 1))
+    for batched, *pair in ((True, *values), *((b, *p) for b in (True, False) for p in ((ones, None), (None, ones)))):
+        with pytest.raises(ValueError, match="the negative's condition has .* where the condition has"):
+            guide(batched, *pair)
+
+
+@pytest.mark.parametrize("wrong, message", [
+    (dict(batched="no"), "batched='no'"), (dict(kappa=True), "kappa=True"), (dict(tau_c=0.1, layers_c={}), "layers_c={}"),
+    (dict(apg=True), "apg=True must be an erg.APG or None"), (dict(queries=3), "queries=3 must be a slice")])
+def test_more_settings_validate_themselves(wrong, message):
+    """Settings of the wrong kind are named, with their value."""
+    with pytest.raises((TypeError, ValueError), match=re.escape(message)):
+        erg.ERG(**{"w": 2.0, "tau": 0.1, **wrong})
+
+
+def test_what_a_step_is_given_is_checked(model, inputs):
+    """A time for each sample, a weight that is no number, conditions of other rows, and training mode before kappa are named."""
+    x, t, condition = inputs
+    settings = erg.ERG(w=2.0, tau=0.1, layers=[2])
+    for error, message, w, time, given in (
+            (ValueError, r"t has the shape \(4,\); it must be one number", 2.0, t, condition),
+            (ValueError, "w='3' must be", lambda t: "3", 0.5, condition),
+            (ValueError, r"shape \(3, 6, 32\) where x has 4 rows.*batched=False", 2.0, 0.5, condition[:3])):
+        with pytest.raises(error, match=message):
+            erg.Guidance(dataclasses.replace(settings, w=w), condition[:1])(model, x, time, given)
+    with pytest.raises(ValueError, match="training mode"):
+        erg.Guidance(settings, condition)(model.train(), x, 0.1, condition)

@@ -1,6 +1,8 @@
 """Section 3 of erg.py: reaching the attention of models that know nothing of it."""
 import copy
+import functools
 import gc
+import pickle
 import threading
 import time
 import weakref
@@ -713,3 +715,118 @@ def test_when_that_is_never_true_warns(model, inputs):
     with pytest.warns(UserWarning, match="true in none of 2 forwards"):
         with erg.rectify(model, tau=0.1, when=lambda *args: False):
             assert torch.equal(model(*inputs), plain) and torch.equal(model(*inputs), plain)
+
+
+def chain(x, taus):
+    """What modules of Text and Image make of x one after the other, tempered by taus."""
+    for tau in taus:
+        x = x + erg.energy_attention(x, x, x, tau=tau)
+    return x
+
+same = functools.partial(torch.testing.assert_close, rtol=0, atol=1e-12)
+example = lambda *shape: torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+only = lambda layer, of, tau=0.1: [tau if n == layer else 1 for n in range(of)]  # taus
+
+
+@pytest.mark.parametrize("few, more", [(dict(time=False), dict(time=True)), (dict(kind="a"), dict(kind="b")), ({}, {})])
+def test_switches_modes_and_shapes_are_numbered_apart(few, more):
+    """Which classes attend may depend on a bool, a string or a shape: layer 1 is the second call in each case."""
+    class Temporal(Sees):
+        def forward(self, x, time=False, kind="a"):
+            for block in self.text:
+                x = self.image(block(x)) if time or kind == "b" or x.shape[1] > 1 else block(x)
+            return x
+
+    model, one, two = Temporal().eval(), example(2, 1, 5, 4), example(2, 1 if more else 2, 5, 4)
+    for x, settings, taus in ((one, few, [1, 0.1]), (two, more, [1, 0.1, 1, 1])) * 2:
+        with erg.rectify(model, tau=0.1, layers=[1]):
+            same(model(x, **settings), chain(x, taus))
+
+
+@pytest.mark.parametrize("change", [lambda model: model.__setitem__(0, Image().eval()), lambda model: (
+    model[1].register_forward_pre_hook(lambda module, args: args[0] + F.scaled_dot_product_attention(*args * 3)))])
+def test_replaced_blocks_and_hooks_that_attend_are_numbered(change):
+    """A block of another class, put in between contexts, and a user's pre-hook that attends, have their numbers."""
+    for layer in (0, 1, 2):
+        model, x = nn.Sequential(Text(), Text(), Text()).eval(), example(2, 3, 5, 4)
+        for _ in range(4):
+            calls = len(erg.attention_calls(model, x))
+            with erg.rectify(model, tau=0.1, layers=[layer]):
+                same(model(x), chain(x, only(layer, calls)))
+            if _ == 1:
+                change(model)
+
+
+def test_contexts_of_a_model_and_of_its_child_keep_their_order():
+    """A child's context inside its model's is applied first, in the first forward as in later ones; outside, it is refused."""
+    model, x, outer = nn.Sequential(Text(), Text()).eval(), example(2, 3, 5, 4), dict(tau=0.5, gamma=0.7, steps=2)
+    y = q = chain(x, [1])
+    for _ in range(2):  # the inner one's two steps, each through the outer one, whose beta is the inner's tau * beta
+        q = q - 0.8 * (q - erg.energy_attention(q, y, y, scale=0.2 * q.shape[-1]**-0.5, **outer))
+    with erg.rectify(model, layers=[1], **outer), erg.rectify(model[1], layers=[0], tau=0.2, gamma=0.8, steps=2):
+        for _ in range(3):
+            same(model(x), y + q)
+    with pytest.raises(ValueError, match="a part of Sequential has an open context: open that of the whole first"):
+        with erg.rectify(model[1], tau=0.1), erg.rectify(model, tau=0.1):
+            raise AssertionError("the body must not run")
+    with erg.rectify(model[1], tau=0.1):  # it is closed again after the error
+        same(model(x), chain(x, [1, 0.1]))
+    with erg.rectify(model, tau=0.1):
+        same(model(x), chain(x, [0.1, 0.1]))
+
+
+def test_bad_values_are_named(model, inputs):
+    """Slices of other than whole numbers, and temperatures that are negative or not finite, are named before any forward."""
+    for wrong, message in ((dict(rows=slice(0, 2.0)), r"rows=slice\(0, 2.0, None\) must be a slice of whole numbers"),
+                           (dict(queries=slice("a", 2)), "queries=slice.* must be a slice of whole numbers"),
+                           (dict(tau=torch.tensor([0.1, -1.0])), "tau=tensor.* at least 0"),
+                           (dict(tau=torch.tensor(float("nan"))), "tau=nan must be finite")):
+        with pytest.raises((TypeError, ValueError), match=message):
+            with erg.rectify(model, **{"tau": 0.1, **wrong}):
+                raise AssertionError("the body must not run")
+
+
+def test_a_forward_that_returns_nothing_is_checked():
+    """A forward without a result is checked for its layers like others."""
+    model = type("Nothing", (Loop,), dict(forward=lambda self, x: (Loop.forward(self, x), None)[1]))("folded").eval()
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="no attention call 1 "), erg.rectify(model, tau=0.1, layers=[1]):
+            model(example(4, 2, 6, 8))
+
+
+def test_names_of_arguments_and_hooks_of_the_user():
+    """Arguments may have the names that erg.py uses itself, and a user's hooks run as they do without a context."""
+    model, x, seen = nn.Sequential(Text(), Text()).eval(), example(2, 3, 5, 4), []
+    model.forward = lambda x, **added: nn.Sequential.forward(model, x) + sum(added.values())
+    for where in (model, model[1]):
+        for register in (where.register_forward_pre_hook, where.register_forward_hook):
+            for each in (False, True):
+                register(lambda *given, note=(str(register), each): seen.append((note, len(given))), with_kwargs=each)
+    names = dict.fromkeys("run this really part around module model args kwargs query".split(), 1)
+    same(model(x, **names), chain(x, [1, 1]) + 10)
+    for _ in range(3):
+        with erg.rectify(model, tau=0.1, layers=[1], when=lambda x, **given: given == names):
+            same(model(x, **names), chain(x, [1, 0.1]) + 10)
+    assert len(seen) == 4 * 8 and seen == 4 * seen[:8]
+
+
+def test_pickles_made_inside_a_context_are_plain(model, inputs):
+    """Pickled and copied in an open context, a model is an ordinary one."""
+    plain = model(*inputs)
+    with erg.rectify(model, tau=0.1, layers=[2]):
+        model(*inputs)
+        twins = pickle.loads(pickle.dumps(model)), copy.deepcopy(model), copy.copy(model)
+        assert all(torch.equal(twin(*inputs), plain) for twin in twins[:2])  # the last one shares its blocks
+    assert torch.equal(twins[2](*inputs), plain)
+
+
+@pytest.mark.parametrize("part", [{}, dict(queries=slice(3)), dict(rows=slice(1)),
+                                  dict(queries=slice(3), rows=slice(1))])
+def test_an_attention_function_under_autocast(part):
+    """Under autocast an attention function may return that type, for all as for chosen rows and queries."""
+    model, x = nn.Sequential(Text(), Text()).eval(), example(2, 3, 5, 4).float()
+    attend = lambda *args, **options: erg.energy_attention(*args, tau=0.1, **options).bfloat16()
+    with erg.rectify(model, tau=0.1, layers=[1], **part):
+        expected = model(x)
+    with torch.autocast("cpu", dtype=torch.bfloat16), erg.rectify(model, attention=attend, layers=[1], **part):
+        torch.testing.assert_close(model(x), expected, rtol=0.02, atol=0.02)
