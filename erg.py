@@ -459,17 +459,23 @@ _open = weakref.WeakKeyDictionary()  # model -> the threads that have contexts o
 _around = weakref.WeakKeyDictionary()  # module -> what open contexts do around its call, the outermost context first
 
 
-def _given(args, kwargs):
-    """What a forward has as arguments: a model may attend elsewhere with others, such as an image or a switch."""
-    leaves, spec = pytree.tree_flatten((args, kwargs))
-    return str(spec), tuple(x.shape if isinstance(x, Tensor) else x if isinstance(x, (bool, str)) else type(x) for x in leaves)
+def _given(x):
+    """What a forward is given, but for the numbers: a model may attend elsewhere with an image, or with a switch."""
+    if isinstance(x, Tensor):
+        return x.shape
+    if isinstance(x, (list, tuple)):
+        return type(x), *map(_given, x)
+    if isinstance(x, Mapping):
+        return type(x), *((name, _given(y)) for name, y in x.items())
+    return x if isinstance(x, (bool, str)) else type(x)
 
 
-def _lengths(tree):
-    """The first dimensions of all tensors in a tree, and the lengths of its lists."""
-    lists = pytree.tree_leaves(tree, is_leaf=lambda x: isinstance(x, list))
-    lengths = {len(x) for x in lists if isinstance(x, list)}
-    return lengths | {len(x) for x in pytree.tree_leaves(tree) if isinstance(x, Tensor) and x.dim()}
+def _lengths(x):
+    """The first dimensions of all tensors in x, and the lengths of its lists."""
+    if isinstance(x, Tensor):
+        return {len(x)} if x.dim() else set()
+    inner = x.values() if isinstance(x, Mapping) else x if isinstance(x, (list, tuple)) else ()
+    return ({len(x)} if isinstance(x, list) else set()).union(*map(_lengths, inner))
 
 
 def _uncompiled(module):
@@ -556,7 +562,7 @@ class _Attachment:
             self.rectified += 1
             if self.rule.rows is not None and not this.batches:
                 this.batches = _lengths((args, kwargs))
-            given = self.classes, _given(args, kwargs)
+            given = self.classes, _given((args, kwargs))
             this.full = given not in _attending.get(self.model, {}) or self.follow()
         for outer in filter(None, self.passes[-1:]):
             outer.paused = True
@@ -572,7 +578,7 @@ class _Attachment:
                 self.learn(this, given)
             this.check()
             this.check_rows(this.batches)
-            if self.rule.batch is None:
+            if this.rows and self.rule.batch is None:
                 this.check_rows(_lengths(output))
         return output
 

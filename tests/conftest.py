@@ -1,9 +1,13 @@
 """What several test files share: a tiny model whose every weight matters."""
+import os
 import sys
 from pathlib import Path
 
-import pytest
-import torch
+if "PYTEST_XDIST_WORKER" in os.environ:  # several processes share the cores, and so do those that tests start
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
