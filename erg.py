@@ -163,6 +163,10 @@ def energy_attention(q, k, v, *, tau=1.0, alpha=1.0, gamma=1.0, steps=1, queries
 
 # ------------------------------------------------------------------------------------------------
 # 3. Rectifying the attention of any model
+#
+# The method is in sections 1, 2 and 4 to 6. This one finds the attention calls in models that know
+# nothing of it: a _Rule says which calls and what to do, a _Pass counts them in one forward, an
+# _Attachment ties both to a module, compiled or not. `rectify` and `attention_calls` are at its end.
 # ------------------------------------------------------------------------------------------------
 
 
