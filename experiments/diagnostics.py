@@ -172,7 +172,8 @@ def fading_layers(effects):
     """Our rule: of the ranges whose effect is no larger late than early, the one with the largest early effect.
 
     Guidance then acts while the picture is still open, and lets go when only its details are left. Where the effect of
-    every range grows, the one that grows least.
+    every range grows, the one that grows least. Formed on two checkpoints, where it was number 2 and 6 of 36 ranges;
+    on two others it was number 8 and 32 (README): a range to try, not an answer.
     """
     if not effects:
         raise ValueError("effects is empty; layer_effects makes them")
