@@ -1,0 +1,69 @@
+"""Run the notebooks' sources (NAME.py) and write them, with their figures, to NAME.ipynb.
+
+    python notebooks/build.py                 # all four, in full: about 6 minutes on two CPU cores
+    python notebooks/build.py 3_transformer   # one
+    python notebooks/build.py --stamp --repository https://...    # what a reader elsewhere (Colab) fetches
+
+The stamp is in the first cell: the repository's address, and the commit of the code that the notebook ran with.
+"""
+import argparse
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+SOURCES = sorted(HERE.glob("[0-9]_*.py"))
+CODE = ["erg.py", "tiny_dit.py", "train_toy.py", "experiments", "examples", "weights", "data", "notebooks/drawing.py"]
+STAMP = re.compile(r'^REPOSITORY, COMMIT = "(.*)", "(.*)"$', re.M)
+
+
+def stamp(sources, repository):
+    """Write the repository's address, if one is given, and the commit of the code into the first cells."""
+    if subprocess.run(["git", "status", "--porcelain", "--", *CODE], cwd=HERE.parent, capture_output=True, text=True, check=True).stdout:
+        sys.exit(f"error: --stamp: commit the changes of {', '.join(CODE)} first")
+    commit = subprocess.run(["git", "log", "-1", "--format=%H", "--", *CODE], cwd=HERE.parent, capture_output=True, text=True, check=True).stdout.strip()
+    for path in sources:
+        text = path.read_text()
+        path.write_text(STAMP.sub(lambda m: f'REPOSITORY, COMMIT = "{m[1] if repository is None else repository}", "{commit}"', text, count=1))
+
+
+def run(path):
+    """Execute one source and write its notebook; returns the seconds it took."""
+    import jupytext
+    from nbclient import NotebookClient
+
+    notebook = jupytext.read(path, fmt="py:percent")
+    began = time.time()
+    NotebookClient(notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(HERE)}}).execute()
+    seconds = time.time() - began
+    notebook.metadata = {"kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"}, "language_info": {"name": "python"}}
+    for i, cell in enumerate(notebook.cells):
+        cell.metadata, cell["id"] = {}, f"cell-{i}"  # no times: a build without changes changes nothing
+    jupytext.write(notebook, path.with_suffix(".ipynb"))
+    return seconds
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", help=f"of {', '.join(path.stem for path in SOURCES)}; default: all")
+    parser.add_argument("--stamp", action="store_true", help="note the commit of the code in the first cells")
+    parser.add_argument("--repository", help="the address to fetch it from, with --stamp")
+    options = parser.parse_args(argv)
+    unknown = set(options.names) - {path.stem for path in SOURCES}
+    if unknown:
+        parser.error(f"names={min(unknown)!r} must be of {', '.join(path.stem for path in SOURCES)}")
+    if options.repository is not None and not options.stamp:
+        parser.error(f"repository={options.repository!r} has no effect without --stamp")
+    chosen = [path for path in SOURCES if not options.names or path.stem in options.names]
+    if options.stamp:
+        stamp(SOURCES, options.repository)
+    os.environ.update(ERG_GRID="1")  # pictures in the place of sliders, which a page of a notebook cannot show
+    for path in chosen:
+        print(f"{path.stem}: {run(path):.0f} s", flush=True)
+
+
+if __name__ == "__main__":
+    main()
