@@ -37,7 +37,7 @@ def run(path):
 
     notebook = jupytext.read(path, fmt="py:percent")
     began = time.time()
-    NotebookClient(notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(HERE)}}).execute()
+    NotebookClient(notebook, timeout=600, kernel_name="python3", coalesce_streams=True, resources={"metadata": {"path": str(HERE)}}).execute()
     seconds = time.time() - began
     notebook.metadata = {"kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"}, "language_info": {"name": "python"}}
     for i, cell in enumerate(notebook.cells):
