@@ -215,7 +215,8 @@ class AttentionCalls(list):
         if 2 * lengths.count(usual) > len(lengths):
             numbers = [n for n, length in zip(numbers, lengths) if length == usual]
         n = len(numbers)
-        return range(numbers[n // 3], numbers[n - n // 3 - 1] + 1)
+        first = round(n / 3) if n > 2 else 0
+        return range(numbers[first], numbers[n - first - 1] + 1)
 
 
 def _layers(name, layers):

@@ -7,6 +7,8 @@
 The stamp is in the first cell: the repository's address, and the commit of the code that the notebook ran with.
 """
 import argparse
+import base64
+import io
 import os
 import re
 import subprocess
@@ -30,6 +32,15 @@ def stamp(sources, repository):
         path.write_text(STAMP.sub(lambda m: f'REPOSITORY, COMMIT = "{m[1] if repository is None else repository}", "{commit}"', text, count=1))
 
 
+def smaller(png):
+    """A picture (base64) in at most 256 colours, a third of the size."""
+    from PIL import Image
+
+    out = io.BytesIO()
+    Image.open(io.BytesIO(base64.b64decode(png))).convert("RGB").quantize(256, dither=Image.Dither.NONE).save(out, "PNG", optimize=True)
+    return base64.b64encode(out.getvalue()).decode()
+
+
 def run(path):
     """Execute one source and write its notebook; returns the seconds it took."""
     import jupytext
@@ -42,6 +53,9 @@ def run(path):
     notebook.metadata = {"kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"}, "language_info": {"name": "python"}}
     for i, cell in enumerate(notebook.cells):
         cell.metadata, cell["id"] = {}, f"cell-{i}"  # no times: a build without changes changes nothing
+        for shown in (output["data"] for output in cell.get("outputs", ()) if "data" in output):
+            if "image/png" in shown:
+                shown["image/png"] = smaller(shown["image/png"])
     jupytext.write(notebook, path.with_suffix(".ipynb"))
     return seconds
 

@@ -599,6 +599,9 @@ def test_the_middle_third():
 
     assert calls(*[(9, 9)] * 12).middle_third() == range(4, 8)
     assert calls(*[(9, 9)] * 7).middle_third() == range(2, 5)
+    assert calls(*[(9, 9)] * 8).middle_third() == range(3, 5)  # the range that the suggestions' table ranks
+    for n in range(3, 60):
+        assert calls(*[(9, 9)] * n).middle_third() == range(round(n / 3), round(2 * n / 3))
     assert calls((9, 9)).middle_third() == range(0, 1)
     assert calls(*[(4, 4)] * 2, *[(9, 9), (9, 4)] * 6).middle_third() == range(4, 6)
     assert calls(*[(4, 4)] * 3, *[(9, 9)] * 3).middle_third() == range(2, 4)
