@@ -1,4 +1,6 @@
 """The notebooks: page and source in step, executed in order, a question before each figure, and every assert holds."""
+import base64
+import io
 import json
 import os
 import re
@@ -8,12 +10,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "notebooks"))
 
+import animate  # noqa: E402
 import build  # noqa: E402
 import drawing  # noqa: E402
+import train_toy  # noqa: E402
 
 NAMES = [path.stem for path in build.SOURCES]
 SHORT = dict(os.environ, ERG_QUICK="1", MPLBACKEND="Agg", PYTHONWARNINGS="error::UserWarning")
@@ -163,6 +168,20 @@ def test_sliders_where_they_work_and_a_grid_where_not(monkeypatch):
     drawing.plt.close("all")
 
 
+@pytest.mark.parametrize("grid, shown", [("1", "image/png"), ("", "application/vnd.jupyter.widget-view+json")])
+def test_a_kernel_shows_sliders_unless_told_not_to(grid, shown, tmp_path, monkeypatch):
+    """In a notebook's kernel with ipywidgets there are sliders; a build asks for the grid."""
+    for name in ("jupytext", "nbclient", "ipykernel", "ipywidgets"):
+        pytest.importorskip(name, reason="the extra `notebooks`")
+    monkeypatch.setenv("ERG_GRID", grid)
+    monkeypatch.setattr(build, "HERE", tmp_path)
+    (tmp_path / "1_small.py").write_text(f"# %%\nimport sys\nsys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'notebooks')!r}]\n"
+                                         "import drawing\ndrawing.explore(lambda ax, **values: ax.plot([0, 1]), w=[1, 2], tau=[0, 1]);\n")
+    build.run(tmp_path / "1_small.py")
+    outputs = json.loads((tmp_path / "1_small.ipynb").read_text())["cells"][0]["outputs"]
+    assert [set(output["data"]) - {"text/plain"} for output in outputs] == [{shown}]
+
+
 def test_pictures_lie_where_they_should():
     """The sheet holds every image at its place, in [0, 1], on white."""
     images = torch.linspace(-1, 1, 5 * 3 * 4 * 4).reshape(5, 3, 4, 4)
@@ -178,7 +197,8 @@ def test_pictures_lie_where_they_should():
 def test_a_build_runs_the_source_and_repeats_itself(tmp_path, monkeypatch):
     """build.run executes in a kernel, stores what was shown, and writes the same file again; a failed assert is an error."""
     client = pytest.importorskip("nbclient", reason="runs notebooks")
-    pytest.importorskip("ipykernel", reason="runs notebooks")
+    for name in ("jupytext", "ipykernel"):
+        pytest.importorskip(name, reason="the extra `notebooks`")
     monkeypatch.setattr(build, "HERE", tmp_path)
     source = tmp_path / "1_small.py"
     source.write_text("# %% [markdown]\n# # Small\n\n# %%\nx = 6 * 7\nprint(x)\n")
@@ -190,6 +210,37 @@ def test_a_build_runs_the_source_and_repeats_itself(tmp_path, monkeypatch):
     source.write_text("# %%\nassert 6 * 7 == 41\n")
     with pytest.raises(client.exceptions.CellExecutionError):
         build.run(source)
+
+
+def test_smaller_pictures_look_the_same():
+    """At most 256 colours: a smooth picture in fewer bytes, no pixel off by more than a few of 255 levels."""
+    levels = torch.arange(256, dtype=torch.uint8)
+    smooth = torch.stack([levels.expand(256, 256), levels.expand(256, 256).T, torch.full((256, 256), 128)], dim=-1).numpy().astype("uint8")
+    noise = torch.randint(0, 6, smooth.shape, generator=torch.Generator().manual_seed(0)).numpy().astype("uint8")
+    original = Image.fromarray(smooth // 2 + noise)
+    buffer = io.BytesIO()
+    original.save(buffer, "PNG")
+    small = base64.b64decode(build.smaller(base64.b64encode(buffer.getvalue())))
+    again = torch.as_tensor(list(Image.open(io.BytesIO(small)).convert("RGB").tobytes()))
+    difference = (again - torch.as_tensor(list(original.tobytes()))).abs().double()
+    assert len(small) < len(buffer.getvalue()) / 2 and difference.mean() < 4
+
+
+def test_the_animation_shows_what_train_toy_samples(tmp_path, capsys):
+    """Each row ends in the images of its method; the frames go from noise to these, and back; every option is obeyed."""
+    animate.main(["--steps", "3", "--out", str(tmp_path / "a.gif")])
+    model, *_ = train_toy.load_checkpoint(animate.WEIGHTS / "mnist.pt")
+    paths = animate.trajectories(model, train_toy.RECIPES["mnist"], w=2.0, steps=3, seed=3)
+    assert paths.shape == (4, 3, 10, 3, 28, 28)
+    for row, method in enumerate(animate.METHODS.values()):
+        settings = train_toy.guidance_settings(method, train_toy.RECIPES["mnist"], w=None if method == "none" else 2.0)
+        torch.testing.assert_close(paths[-1, row].clamp(-1, 1), train_toy.generate(model, animate.CAPTIONS, settings, 3, 3))
+    first = (tmp_path / "a.gif").read_bytes()
+    assert Image.open(tmp_path / "a.gif").n_frames == 6  # four states, and two of them on the way back
+    for option in (["--w", "3"], ["--seed", "4"], ["--steps", "4"], ["--weights", str(animate.WEIGHTS / "mnist-early.pt")]):
+        animate.main(["--steps", "3", "--out", str(tmp_path / "b.gif"), *option])
+        assert (tmp_path / "b.gif").read_bytes() != first, option
+    assert "digits right" in capsys.readouterr().out
 
 
 def test_unknown_names_and_options_without_effect_are_refused(capsys):
