@@ -7,6 +7,7 @@ them in. A difference of 1e-5 is not an error. EXERCISES is the list of all chec
 import contextlib
 import math
 import random
+import re
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -75,6 +76,8 @@ def number(seed, low, high):
 
 def show(x):
     """A value on one line: tensors as nested lists, large ones cut."""
+    if isinstance(x, (list, tuple)):
+        return f"[{', '.join(map(show, x))}]"[:200]
     if not isinstance(x, torch.Tensor):
         return repr(x)[:200]
     if x.numel() > 24:
@@ -130,9 +133,9 @@ def agree(told, computed, expected, read, verb="returned", tolerance=1e-5):
               f"{int(differ.sum())} of {differ.numel()} numbers differ{place}", read)
 
 
-def expect(student, name, inputs, expected, read, **options):
-    """Call a student's function, inputs by position and options by name, and compare."""
-    student.doing = call(name, inputs, **options)
+def expect(student, name, inputs, expected, read, where="", **options):
+    """Call a student's function, inputs by position and options by name, and compare; `where` is told in front."""
+    student.doing = where + call(name, inputs, **options)
     agree(student.doing, getattr(student, name)(*inputs.values(), **options), expected, read)
 
 
@@ -179,7 +182,15 @@ def explain(error, student=None, path=None):
     lines = [doing] * bool(doing) + [f"{kind}: {error}"[:1000]]
     if frame := raised_in(error, path):
         lines.append(f"in line {frame.lineno} of {Path(frame.filename).name}: {frame.line}")
+    if raises_itself(error, path) and doing:
+        lines.append("Read again: the recipe, on this error: it is a `raise` of your own, and none is due here")
     return "\n".join(lines)
+
+
+def raises_itself(error, path):
+    """Whether it is a `raise` of the student's code that raised this error, and not for want of an exercise."""
+    frame = raised_in(error, path)
+    return bool(frame and re.search(r"\braise\b", frame.line or "") and not isinstance(error, NotImplementedError))
 
 
 def raised_in(error, path):
@@ -237,7 +248,8 @@ def energy_by_loops(student, seed):
     xi, X = draw(seed, (2, 3), (4, 3))
     beta = number(seed, 0.3, 0.9)
     expect(student, "energy", dict(xi=xi, X=X), of_each(slow_energy, xi, X, 1, 1, beta),
-           "equation 9: which of its terms has the 1/2, and what does lse divide by?", beta=beta)
+           "equation 9: which of its terms has the 1/2, and where, in two places, does tau * beta stand in lse?",
+           beta=beta)
 
 
 @check(1, 2, "tau and alpha stand where equation 9 has them")
@@ -245,7 +257,7 @@ def energy_tau_alpha(student, seed):
     xi, X = draw(seed + 1, (2, 3), (4, 3))
     tau, alpha, beta = number(seed, 0.1, 0.5), number(seed, 1.5, 3.0), number(seed, 0.5, 0.9)
     expect(student, "energy", dict(xi=xi, X=X), of_each(slow_energy, xi, X, tau, 1, beta),
-           "equation 9: tau multiplies beta, and lse(z, b) has its b twice", tau=tau, beta=beta)
+           "equation 9: tau multiplies beta, and b = tau * beta stands in lse(z, b) twice", tau=tau, beta=beta)
     expect(student, "energy", dict(xi=xi, X=X), of_each(slow_energy, xi, X, tau, alpha, beta),
            "equation 9: alpha weighs one of the two terms", tau=tau, alpha=alpha, beta=beta)
 
@@ -281,7 +293,8 @@ def gradient_closed_form(student, seed):
     with torch.inference_mode():
         xi, X = draw(seed + 4, (2, 3), (4, 3))
         expect(student, "energy_gradient", dict(xi=xi, X=X), of_each(slow_gradient, xi, X, 1, 1, 3**-0.5),
-               "equation 6 is a formula. This was called in torch.inference_mode(), where autograd is off")
+               "equation 6 is a formula, and needs no autograd", where="in torch.inference_mode(), where autograd is "
+               "off: ")
 
 
 @check(1, 1, "descend takes K steps of size gamma")
@@ -300,7 +313,7 @@ def energy_never_rises(student, seed):
     energies = []
     for steps in (1, 2, 3, 4):
         student.doing = call("descend", dict(xi=xi, X=X), gamma=1.0, steps=steps)
-        states = student.descend(xi, X, gamma=1.0, steps=steps)
+        states = student.descend(xi.clone(), X, gamma=1.0, steps=steps)
         has_shape(student.doing, states, xi.shape)
         energies.append(of_each(slow_energy, states, X, 1, 1, 2**-0.5))
     energies.insert(0, of_each(slow_energy, xi, X, 1, 1, 2**-0.5))
@@ -360,7 +373,8 @@ def expect_algorithm_1(student, seed, read, tau=1.0, alpha=1.0, gamma=1.0, steps
 
 @check(2, 2, "with all four numbers at 1 it is ordinary attention")
 def attention_ordinary(student, seed):
-    expect_algorithm_1(student, seed, "Algorithm 1: with gamma = 1 the old query drops out")
+    expect_algorithm_1(student, seed, "Algorithm 1: with gamma = 1 the old query drops out; and its footnote: what is "
+                       "beta?")
     q, k, v = draw(seed, (2, 3, 4, 8), (2, 3, 5, 8), (2, 3, 5, 8))
     expect(student, "energy_attention", dict(q=q, k=k, v=v), of_each_query(slow_attention, q, k, v),
            "the shapes in the docstring; this must equal F.scaled_dot_product_attention(q, k, v)")
@@ -566,8 +580,18 @@ def compare_forward(told, calls, answers, temperature, read):
         for b in range(len(q)):
             tau, row = temperature(None if cross else n, b), slice(b, b + 1)
             expected = slow_rectified(0, q[row], k[row], v[row], tau, [0], None)
-            agree(f"{told}\nattention call {i} ({kind}), row {b}, must be answered at temperature {tau}\n"
+            plain = slow_rectified(0, q[row], k[row], v[row], 1.0, [0], None)
+            untouched = " (it was answered at 1.0)" * (tau != 1.0 and alike(answer[row], plain))
+            agree(f"{told}\nattention call {i} ({kind}), row {b}, must be answered at temperature {tau}{untouched}\n"
                   f"  q = {show(q[row])}\n  k = {show(k[row])}\n  v = {show(v[row])}", answer[row], expected, read)
+
+
+def alike(computed, expected):
+    """Whether `agree` would find nothing wrong."""
+    with contextlib.suppress(Wrong):
+        agree("", computed, expected, "")
+        return True
+    return False
 
 
 def expect_forward(student, calls, tau, layers, read, rows=None):
@@ -623,12 +647,13 @@ def rectified_rows(student, seed):
 def rectified_mask(student, seed):
     (q, k, v), = forward_of(seed + 6, (2,))
     bias, tau = draw(seed, (2, 2))[0] + torch.tensor([[2.0, -2.0], [0.0, 1.0]]).double(), number(seed, 0.1, 0.4)
-    student.doing = (f"{told_context(tau, [0])} F.scaled_dot_product_attention(q, k, v, attn_mask=mask) with\n"
-                     + listed(dict(q=q, k=k, v=v, mask=bias)))
-    with student.rectified(tau, [0]):
-        answer = F.scaled_dot_product_attention(q.clone(), k, v, attn_mask=bias.clone())
-    agree(student.doing, answer, slow_masked(q, k, v, tau * 2**-0.5, bias),
-          "the recipe: tau belongs to q k^T, and a mask that is added to it is passed on as it is")
+    for told, args, options in (("attn_mask=mask", (), dict(attn_mask=bias.clone())), ("mask", (bias.clone(),), {})):
+        student.doing = (f"{told_context(tau, [0])} F.scaled_dot_product_attention(q, k, v, {told}) with\n"
+                         + listed(dict(q=q, k=k, v=v, mask=bias)))
+        with student.rectified(tau, [0]):
+            answer = F.scaled_dot_product_attention(q.clone(), k, v, *args, **options)
+        agree(student.doing, answer, slow_masked(q, k, v, tau * 2**-0.5, bias),
+              "the recipe: tau belongs to q k^T, and a mask that is added to it is passed on as it is")
 
 
 def slow_masked(q, k, v, factor, bias):
@@ -673,7 +698,8 @@ def rectified_restores(student, seed):
 def require_effect(told, plain, answers):
     """Raise Wrong if a context changed nothing: then there is nothing to put back."""
     if all(torch.equal(a, b) for a, b in zip(plain, answers)):
-        wrong(told, "was answered as outside of the context: there was nothing to put back", "the recipe")
+        wrong(told, "was answered as outside of the context: there was nothing to put back",
+              "the recipe: which attribute of which module do models look up?")
 
 
 class Interruption(Exception):
@@ -691,6 +717,11 @@ def rectified_exception(student, seed):
             raise Interruption("this is the model's own error")
     except Interruption:
         pass
+    except Exception as error:
+        if not isinstance(error.__context__, Interruption):
+            raise
+        wrong(student.doing, f"raised {type(error).__name__}: {error}, in place of the error of the model",
+              "the recipe: an exception 'passes through'; is the test for missed layers skipped then?")
     else:
         wrong(student.doing, "lost its error: the context swallowed it", "the recipe: 'which passes through'")
     expect_plain(student.doing, calls, function,
@@ -778,16 +809,26 @@ class Rectify:
     """What the grader hands in as `rectify`: it acts on a ToyModel alone, and keeps a list of its uses."""
 
     def __init__(self, model):
-        self.model, self.uses = model, []
+        self.model, self.calls, self.uses = model, 0, []
+
+    def __call__(self, tau, layers, rows=None):
+        self.calls += 1
+        return self.context(tau, layers, rows)
 
     @contextlib.contextmanager
-    def __call__(self, tau, layers, rows=None):
+    def context(self, tau, layers, rows):
         self.uses.append((tau, layers, rows))
         before, self.model.settings = self.model.settings, (tau, layers, rows)
         try:
             yield
         finally:
             self.model.settings = before
+
+    def never_used(self):
+        """What is wrong if no context was entered, else None."""
+        if not self.calls:
+            return "never called the `rectify` that it was given (`rectified` does not reach the grader's model)"
+        return None if self.uses else "called `rectify`, but never entered it: a context acts in a `with` block alone"
 
 
 def slow_encode(plain, tempered, tokens):
@@ -804,15 +845,34 @@ def encodings(student, seed, L=3, tau=None):
                          tau=tau, layers=layers, rectify=Named("the grader's"))
     expected = slow_encode(ToyEncoder(seed), ToyEncoder(seed, settings=(tau, layers, None)), tokens)
     rectify = Rectify(encoder)
-    answer = student.encode(encoder, tokens, tau, layers, rectify=rectify)
+    try:
+        answer = student.encode(encoder, tokens, tau, layers, rectify=rectify)
+    except Exception as error:
+        if torch.allclose(*expected) or not raises_itself(error, student.path):
+            raise
+        wrong(student.doing, f"raised {type(error).__name__}: {error}\nuntil then it "
+              f"{misused(encoder, rectify) or 'ran the encoder as it should, and the encodings differ'}", ONE_OF_TWO)
     if not isinstance(answer, (tuple, list)) or len(answer) != 2:
-        wrong(student.doing, f"returned {show(answer)}; expected two encodings, (strong, weak)", "the docstring")
+        wrong(student.doing, f"returned {show(answer)}, a {type(answer).__name__}; expected two encodings, "
+              "(strong, weak)", "the docstring")
     return student.doing, answer, expected, encoder, rectify
+
+
+ONE_OF_TWO = "the recipe, and the hint: one context is one forward; one run of the two is in a `with rectify(...)`"
+
+
+def misused(encoder, rectify):
+    """What is wrong with the runs of the encoder, else None."""
+    runs = ["rectified" if settings else "plain" for _, settings in encoder.forwards]
+    told = f"ran the encoder {len(runs)} times: {', '.join(runs)}; expected a plain run and a rectified one"
+    return rectify.never_used() or (told if sorted(runs) != ["plain", "rectified"] else None)
 
 
 @check(5, 2, "the strong encoding is the encoder's own")
 def encode_strong(student, seed):
-    told, (strong, _), expected, *_ = encodings(student, seed)
+    told, (strong, _), expected, encoder, _ = encodings(student, seed)
+    if encoder.forwards and all(settings for _, settings in encoder.forwards):
+        wrong(told, "ran the encoder within the context alone; the strong encoding is made outside of it", ONE_OF_TWO)
     agree(f"the first of {told}", strong, expected[0],
           "section 3.2: phi_c = Enc(c), and the order of the two in the docstring")
 
@@ -820,9 +880,10 @@ def encode_strong(student, seed):
 @check(5, 3, "the weak encoding is that within the context")
 def encode_weak(student, seed):
     told, (_, weak), expected, encoder, rectify = encodings(student, seed + 1)
-    if not rectify.uses:
-        wrong(told, "never called the `rectify` that it was given", "the recipe")
-    agree(f"the second of {told}", weak, expected[1], "section 3.2: phi_c^tau = Enc(c) with the tempered layers")
+    if unused := rectify.never_used():
+        wrong(told, unused, ONE_OF_TWO)
+    agree(f"the second of {told}", weak, expected[1], "section 3.2: phi_c^tau = Enc(c) with the tempered layers, "
+          "and the order of the two in the docstring")
 
 
 @check(5, 1, "rectify gets tau and layers, and acts on the whole batch")
@@ -830,17 +891,17 @@ def encode_settings(student, seed):
     told, *_, rectify = encodings(student, seed + 2)
     wanted = (number(seed + 2, 0.1, 0.4), [(seed + 2) % 2], None)
     uses = [(tau, list(layers), rows) for tau, layers, rows in rectify.uses]
+    if unused := rectify.never_used():
+        wrong(told, unused, ONE_OF_TWO)
     if uses != [wanted]:
         wrong(told, f"called rectify with (tau, layers, rows) = {uses}; expected one call with {wanted}", "the recipe")
 
 
 @check(5, 1, "the encoder runs twice, once of it in the context")
 def encode_runs(student, seed):
-    told, *_, encoder, _ = encodings(student, seed + 3)
-    runs = ["rectified" if settings else "plain" for _, settings in encoder.forwards]
-    if sorted(runs) != ["plain", "rectified"]:
-        wrong(told, f"ran the encoder {len(runs)} times: {', '.join(runs)}; expected a plain run and a rectified one",
-              "the recipe, and the hint: one context is one forward")
+    told, *_, encoder, rectify = encodings(student, seed + 3)
+    if problem := misused(encoder, rectify):
+        wrong(told, problem, ONE_OF_TWO)
 
 
 @check(5, 1, "equal encodings are a ValueError")
@@ -871,7 +932,10 @@ def expect_guided(student, seed, t, kappa, read, w=None, has_negative=True):
     models = ToyDenoiser(seed), ToyDenoiser(seed, settings=(tau, layers, None))
     expected, v_pos, v_neg = (slow_guided_velocity(*models, x, t, condition, negative, weight, kappa)
                               for weight in (w, 1, 0))
-    answer = student.guided_velocity(model, x, t, condition, negative, w, tau, layers, kappa, rectify=Rectify(model))
+    rectify = Rectify(model)
+    answer = student.guided_velocity(model, x, t, condition, negative, w, tau, layers, kappa, rectify=rectify)
+    if rectify.calls and not rectify.uses and t > kappa and w != 1:
+        wrong(student.doing, rectify.never_used(), "the recipe: the forward belongs in the context")
     agree(f"{student.doing}\n(where v_pos is {show(v_pos)}, and v_neg {show(v_neg)})", answer, expected, read)
     return model.forwards, condition, negative
 
@@ -885,7 +949,8 @@ def expect_rows(student, forwards, rows, read):
 @check(6, 3, "after kappa it is equation 10, the negative rectified")
 def guided_late(student, seed):
     expect_guided(student, seed, 0.75, 0.25,
-                  "equation 10: v_neg is the rectified model with the negative's condition, v_pos neither")
+                  "equation 10: the weights are w and 1 - w; v_neg is the rectified model with the negative's "
+                  "condition, v_pos neither")
 
 
 @check(6, 2, "one forward of 2B rows, the positive ones first")
@@ -947,10 +1012,17 @@ def sample_constant(student, seed):
 @check(7, 2, "a flow to one point ends in the point")
 def sample_point(student, seed):
     noise, point = draw(seed + 1, (2, 3), (3,))
+
+    def velocity(x, t):
+        if not isinstance(t, (int, float)) and getattr(t, "shape", None) != ():
+            wrong(student.doing, f"called velocity with t = {show(t)}; expected a number",
+                  "the shapes in the docstring")
+        return (point - x) / (1 - t)
+
     for steps in (1, 2, 7):
-        expect_sample(student, f"({show(point)} - x) / (1 - t)", lambda x, t: (point - x) / (1 - t), noise,
-                      point.expand_as(noise), "section 2.1: with one data point, x_t = (1 - t) * noise + t * point is "
-                      "a straight line, which Euler's method follows exactly", steps=steps)
+        expect_sample(student, f"({show(point)} - x) / (1 - t)", velocity, noise, point.expand_as(noise),
+                      "section 2.1: with one data point, x_t = (1 - t) * noise + t * point is a straight line, which "
+                      "Euler's method follows exactly", steps=steps)
 
 
 @check(7, 1, "the velocity is asked for at t = 0, 1/steps, ..., never at 1")
@@ -981,7 +1053,7 @@ def sample_converges(student, seed):
     noise, rate, errors = torch.ones(1, 1).double(), number(seed, 0.5, 1.5), []
     for steps in (50, 100):
         student.doing = call("sample", dict(velocity=Named(f"lambda x, t: {rate} * x"), noise=noise), steps=steps)
-        x = student.sample(lambda x, t: rate * x, noise, steps)
+        x = student.sample(lambda x, t: rate * x, noise.clone(), steps)
         has_shape(student.doing, x, (1, 1))
         errors.append(abs(float(x) - math.exp(rate)))
     if not (1.9 < errors[0] / max(errors[1], 1e-12) < 2.1 and errors[1] < 0.1):

@@ -218,7 +218,7 @@ def write(path, results):
 
 
 def arguments():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser = argparse.ArgumentParser(usage="%(prog)s student.py [options]", description=__doc__.split("\n\n")[0])
     add = parser.add_argument
     add("student", type=Path, help="the student's file")
     add("--seed", type=int, default=0, help="draws the inputs; hidden tests are the same with other seeds")

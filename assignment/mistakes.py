@@ -76,6 +76,8 @@ MISTAKES = [
     Mistake("the mask is tempered", 4, "        return original(query, key, *args, **kwargs)",
             "        if kwargs.get('attn_mask') is not None: kwargs['attn_mask'] = kwargs['attn_mask'] * tau\n"
             "        return original(query, key, *args, **kwargs)", "masks are passed on, untempered"),
+    Mistake("what else was given may come by name alone", 4, "def attention(query, key, *args, **kwargs):",
+            "def attention(query, key, value, **kwargs):\n        args = (value,)", "masks are passed on, untempered"),
     Mistake("what else was given is dropped", 4, "        return original(query, key, *args, **kwargs)",
             "        return original(query, key, *args, attn_mask=kwargs.get('attn_mask'))",
             "scale and is_causal are passed on, and all may come by name"),
