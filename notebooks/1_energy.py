@@ -53,7 +53,10 @@ from experiments.data import load
 
 style()
 torch.set_default_dtype(torch.float64)  # equalities then hold to about 1e-12
-viridis = plt.get_cmap("viridis")
+
+# %%
+# How the figures look; the mathematics begins below.
+DARK, MIDDLE, LIGHT = (plt.get_cmap("viridis")(share) for share in (0.1, 0.42, 0.74))
 STATE = dict(color="#FF7F3F", markeredgecolor="white", markeredgewidth=0.5, zorder=4)  # states on a map
 RING = dict(s=180, facecolor="none", edgecolor="#FF7F3F", linewidth=2.2, zorder=4)  # where states come to rest
 
@@ -77,6 +80,39 @@ def landscape(ax, X, arrows=0, names="ABCDEF", size=9, **energy):
         label(ax, *(1.24 * x), name, fontsize=size, ha="center")
     ax.set(xticks=[], yticks=[], aspect="equal", xlim=(-4.65, 4.65), ylim=(-4.65, 4.65))
     ax.spines[:].set_visible(False)
+
+
+def over(ax, ticks, **settings):
+    """A logarithmic axis of tau."""
+    ax.set(xscale="log", xlabel="tau", xticks=ticks, xticklabels=ticks, **settings)
+    ax.minorticks_off()
+
+
+def draw_tree(ax, taus, direction, held):
+    """The direction (taus, N) of the valley of each pattern over tau, coloured by what the valley holds."""
+    for name, angle, colour in zip("ABCDEF", direction.T, held.T):
+        points = torch.stack([taus, angle], dim=1)
+        line = LineCollection(torch.stack([points[:-1], points[1:]], dim=1), array=colour[:-1].numpy(),
+                              cmap="viridis_r", clim=(0.2, 6), lw=4, capstyle="round")
+        ax.add_collection(line)
+        label(ax, 10.8, angle[0], name, fontsize=11)
+    over(ax, [0.1, 1, 5], xlim=(0.05, 10), ylim=(40, 360), yticks=[90, 180, 270, 360],
+         ylabel="direction of the valley (degrees)", title="The valleys merge as tau falls")
+    bar = ax.figure.colorbar(line, ax=ax, label="patterns held: exp(entropy)", pad=0.04, ticks=[1, 2, 3, 6])
+    bar.ax.set_ylim(1, 6)
+
+
+def draw_digits(rows, mean, contrast, wrong):
+    """Each row of states as 8 x 8 pictures, with frames around the columns `wrong` of the last row."""
+    figure, axes = plt.subplots(len(rows), 1, figsize=(8.8, 5.0))
+    figure.get_layout_engine().set(h_pad=0.01, hspace=0.03)
+    for ax, (name, states) in zip(axes, rows.items()):
+        pictures(ax, 2 * (mean + contrast * states).view(-1, 1, 8, 8) - 1)
+        ax.set_ylabel(name, rotation=0, ha="right", va="center", fontsize=10)
+    for column in wrong.nonzero()[:, 0].tolist():
+        frame = dict(fill=False, color="#FF7F3F", lw=2.5, clip_on=False)
+        axes[-1].add_patch(plt.Rectangle((9 * column - 0.5, -0.5), 8, 8, **frame))
+    axes[0].set_title("Lower half hidden (left five) or noise (right five), then ten steps; orange: the wrong memory")
 
 # %% [markdown]
 # ## 1. The energy of six patterns
@@ -119,12 +155,12 @@ for tau in (0.1, 1.0, 5.0):
     assert torch.allclose(energy, -log_density / b - 3**2 / 2, rtol=0, atol=1e-10)
 
 # %% [markdown]
-# Three valleys: A and B share one, C, D and E share one, F has its own. Ramsauer et al. (2021) call the shared ones
-# *metastable states*: attention that ends there returns the average of a group. The four asserts carry the rest of
-# this notebook. The step is the gradient; attention is the step; a full step never climbs (the concave-convex
-# procedure, CCCP); and patterns of equal norm have the energy of **a mixture of Gaussians** at the patterns, of
-# variance $1/(\tau\beta)$: up to a constant, the energy is minus its log density, divided by $\tau\beta$. So tau sets
-# the width of a kernel.
+# Three valleys: A and B share one, C, D and E share one, F has its own, and only F's lies at its pattern. Ramsauer et
+# al. (2021) call the shared ones *metastable states*: attention that ends there returns the average of a group. The
+# four asserts carry the rest of this notebook. The step is the gradient; attention is the step; a full step never
+# climbs (the concave-convex procedure, CCCP); and patterns of equal norm have the energy of **a mixture of
+# Gaussians** at the patterns, of variance $1/(\tau\beta)$: up to a constant, the energy is minus its log density,
+# divided by $\tau\beta$. So tau sets the width of a kernel.
 #
 # ## 2. What tau does
 #
@@ -159,18 +195,9 @@ for tau in (0.1, 1.0, 5.0):
     axes[tau].scatter(*branches[(taus - tau).abs().argmin()].T, **RING)
     axes[tau].set_title(f"tau = {tau:g}")
     tree.axvline(tau, color="#aaaaaa", lw=0.8, zorder=0)
-for i, name in enumerate("ABCDEF"):
-    points = torch.stack([taus, direction[:, i]], dim=1)
-    line = LineCollection(torch.stack([points[:-1], points[1:]], dim=1), array=held[:-1, i].numpy(), cmap="viridis_r",
-                          clim=(0.2, 6), lw=4, capstyle="round")
-    tree.add_collection(line)
-    label(tree, 10.8, angles[i], name, fontsize=11)
+draw_tree(tree, taus, direction, held)
 tree.plot(calculated, 81, "D", ms=7, color="black")
 label(tree, 1.4, 62, "calculated", ha="right")
-tree.set(xscale="log", xlim=(0.05, 10), ylim=(40, 360), xticks=[0.1, 1, 5], xticklabels=[0.1, 1, 5], xlabel="tau",
-         yticks=[90, 180, 270, 360], ylabel="direction of the valley (degrees)", title="The valleys merge as tau falls")
-tree.minorticks_off()
-figure.colorbar(line, ax=tree, label="patterns held: exp(entropy)", pad=0.04, ticks=[1, 2, 3, 6]).ax.set_ylim(1, 6)
 plt.show()
 
 # %%
@@ -181,7 +208,8 @@ together = {pair: taus[(branches[:, i] - branches[:, j]).norm(dim=1) < 0.02][0].
 print(f"valleys at tau = 0.1, 1, 5: {counts}; A and B calculated to merge at tau = {calculated:.2f}")
 print("merged, going down, at tau =", ", ".join(f"{tau:.2f} ({pair})" for pair, tau in together.items()))
 print("patterns held at tau = 1:", ", ".join(f"{n:.2f} ({x})" for x, n in zip("ABCDEF", held[rows[1.0]].tolist())))
-assert counts == [1, 3, 6] and abs(together["A B"] / calculated - 1) < 0.1
+assert counts == [1, 3, 6] and list(together.values()) == sorted(together.values(), reverse=True)  # in this order
+assert abs(together["A B"] / calculated - 1) < 0.1
 assert (held.diff(dim=0) > -1e-6).all() and held[-1].min() > 5.9  # the entropy at rest rises as tau falls
 
 assert torch.allclose(erg.hopfield_step(xi, X, tau=0), X.mean(dim=0))  # tau = 0: one step to the mean, from anywhere
@@ -294,16 +322,8 @@ corrupted = original + 2 * torch.randn(10, 64, generator=torch.Generator().manua
 corrupted[:5] = original[:5] * (torch.arange(64) < 32)  # the lower half is hidden
 found = {tau: attend(corrupted, memory, memory, tau=tau, steps=10) for tau in (0.3, 1.0, 10.0)}
 retrieved = {f"tau = {tau:g}": state for tau, state in found.items()}
-
-figure, axes = plt.subplots(5, 1, figsize=(8.8, 5.0))
-figure.get_layout_engine().set(h_pad=0.01, hspace=0.03)
-for ax, (name, state) in zip(axes, {"stored": original, "corrupted": corrupted, **retrieved}.items()):
-    pictures(ax, 2 * (pixels.mean(dim=0) + state * centred.norm(dim=1).mean() / 8).view(-1, 1, 8, 8) - 1)
-    ax.set_ylabel(name, rotation=0, ha="right", va="center", fontsize=10)
-for column in (~restored(found[10.0], original)).nonzero()[:, 0].tolist():
-    frame = plt.Rectangle((9 * column - 0.5, -0.5), 8, 8, fill=False, color="#FF7F3F", lw=2.5, clip_on=False)
-    axes[-1].add_patch(frame)
-axes[0].set_title("Lower half hidden (left five) or noise (right five), then ten steps; orange: the wrong memory")
+draw_digits({"stored": original, "corrupted": corrupted, **retrieved}, pixels.mean(dim=0),
+            centred.norm(dim=1).mean() / 8, wrong=~restored(found[10.0], original))
 plt.show()
 
 weights = {tau: torch.softmax(tau / 8 * state @ memory.T, dim=1) for tau, state in found.items()}  # (10, N)
@@ -321,15 +341,18 @@ assert held[10.0] < 1.1 and restored(found[10.0], original).sum() == 9
 # five digits, mostly of the right class: a metastable state with a meaning. At tau = 10 single memories come back,
 # nine of them the right ones.
 #
-# **Predict**: a plain look-up (take the memory with the largest $x_i \cdot \xi$) is the dotted line. At which tau do
-# ten steps of attention beat it? And at how many hidden pixels does retrieval break?
+# Now twenty corruptions of each memory, by noise of standard deviation 1, 2 or 3, or by hidden pixels. Dotted is a
+# plain look-up, which takes the memory with the largest $x_i \cdot \xi$.
+#
+# **Predict**: at which tau do ten steps of attention beat the look-up? And at how many hidden pixels does retrieval
+# break?
 
 # %%
 index = torch.arange(len(memory)).repeat(4 if QUICK else 20)
 generator = torch.Generator().manual_seed(1)
 noise, order = torch.randn(len(index), 64, generator=generator), torch.rand(len(index), 64, generator=generator)
-wanted, tau_axis, hidden = memory[index], torch.logspace(-0.5, 1.5, 9 if QUICK else 33), torch.linspace(0, 0.95, 20)
-DARK, MIDDLE, LIGHT = viridis(0.1), viridis(0.42), viridis(0.74)
+wanted, hidden, kept = memory[index], torch.linspace(0, 0.95, 20), {}
+tau_axis = torch.logspace(-0.5, 1.5, 9 if QUICK else 33)
 
 
 def rate(state, tau=None):
@@ -347,32 +370,34 @@ for sd, colour in ((1.0, DARK), (2.0, MIDDLE), (3.0, LIGHT)):
     print(f"noise {sd:g}: ten steps restore {max(rates):.1%} at the best tau, a look-up {look_up:.1%}")
     assert max(rates) < look_up + 0.01 and abs(rates[-1] - look_up) < 0.01  # not better; the same at large tau
 for tau, colour in ((10.0, DARK), (2.0, MIDDLE), (1.0, LIGHT)):
-    rates = [rate(wanted * (order >= part), tau) for part in hidden]
+    rates = kept[tau] = [rate(wanted * (order >= part), tau) for part in hidden]
     right.plot(hidden, rates, color=colour)
     label(right, 0.02, rates[0] - 0.05, f"tau = {tau:g}", color=colour)
     print(f"tau = {tau:4g}: {rates[0]:4.0%} restored from all pixels, {rates[10]:3.0%} from half, "
           f"{rates[-1]:3.0%} from 5%")
-left.set(xscale="log", xlabel="tau", xticks=[0.3, 1, 3, 10, 30], xticklabels=[0.3, 1, 3, 10, 30], yticks=[0, 0.5, 1],
-         yticklabels=["0", "50%", "100%"], title="Restored from noise (dotted: look-up)")
-left.minorticks_off()
+assert kept[10.0][0] == 1 and kept[10.0][10] > 0.9 > 0.3 > kept[10.0][-1] and kept[1.0][0] < 0.1
+over(left, [0.3, 1, 3, 10, 30], yticks=[0, 0.5, 1], yticklabels=["0", "50%", "100%"],
+     title="Restored from noise (dotted: look-up)")
 right.set(xlabel="share of hidden pixels", xticks=[0, 0.5, 0.95], xticklabels=["0", "50%", "95%"],
           title="Restored from the pixels that are left")
 plt.show()
 
 # %% [markdown]
-# At none: attention that iterates to its end is a soft look-up, and the look-up is its limit. With all pixels there,
-# the curves on the right count the memories that have a valley of their own: all at tau = 10, few at tau = 1. Half of
-# the pixels find nearly every memory; 5 % of them find few.
+# At none: from tau = 10 on the curves are the dotted lines, but for one state in 1200. With equal norms the look-up
+# takes the most probable memory, so on average nothing can beat it, and ten steps at a large tau come to the same.
+# With all pixels there, the curves on the right count the memories that have a valley of their own: all at tau = 10,
+# few at tau = 1. At tau = 10, half of the pixels find nearly every memory, and 5 % of them find few.
 #
 # ## 4. Keys or values?
 #
 # So far V = K. (K names the keys, and elsewhere the number of steps; the paper uses it for both.) In a transformer
 # they differ, and the paper has both: the gradient of the energy pulls the query towards the *keys* (eq. 5 to 7),
 # while Algorithm 1 iterates with the *values*. Eq. 8 connects them by a linear map, $V = XW$, which Algorithm 1
-# leaves out. For K = 1 that is a matter of where the answer is written down. For K > 1 a value is compared with keys
-# in the next step. Let the values (squares) be the keys, turned by 75 degrees and 0.8 times as long.
+# leaves out. For gamma = K = 1 the two differ by that map alone. For K > 1 a value is compared with keys in the next
+# step. Let the values (squares) be the keys, turned by 75 degrees and 0.8 times as long.
 #
 # **Predict**: a query begins at the upper left, and tau = 2. Where does it rest when it is iterated with the values?
+# (The small numbers count its steps.)
 
 # %%
 turn = torch.tensor(75.0).deg2rad()
@@ -403,7 +428,9 @@ for steps in (1, 2, 10):
     gap = ((attend(xi, X, V, steps=steps) - read).norm() / read.norm()).item()
     print(f"K = {steps:>2}: Algorithm 1 differs by {gap:4.0%} from a descent with the keys that ends with the values")
     assert gap < 1e-12 if steps == 1 else gap > 0.5
-assert (path[-1] - path[-6]).norm() < 0.01 and energy.diff().max() > 1  # a ring of five, where the energy rises
+late = torch.cat([attend(query, X, V, tau=2.0, steps=steps) for steps in range(1000, 1006)])
+assert (late[5] - late[0]).norm() < 1e-6 < 1 < late[:5].diff(dim=0).norm(dim=1).min()  # a ring of five, for ever
+assert erg.hopfield_energy(late, X, tau=2.0).diff().max() > 1  # on which the energy rises
 for values, name in ((X, "V = K  "), (V, "V = K W")):  # a gradient's Jacobian is symmetric
     J = torch.autograd.functional.jacobian(lambda q: attend(q[None], X, values)[0], torch.tensor([1.0, 0.5]))
     print(f"{name}: Jacobian {[[round(entry, 2) for entry in row] for row in J.tolist()]}")
@@ -412,8 +439,9 @@ for values, name in ((X, "V = K  "), (V, "V = K W")):  # a gradient's Jacobian i
 # %% [markdown]
 # Nowhere. With the keys the query rests near A. With the values it goes round five of them for ever, and the energy
 # rises again and again. Nothing can fall all the way round a ring, and the Jacobian of the update is not symmetric:
-# for V $\ne$ K Algorithm 1 is not descent on this energy, nor the gradient step of any other. `erg.energy_attention`
-# is Algorithm 1 nevertheless, as the paper runs it; with its default, K = 1, the question does not arise.
+# for values like these Algorithm 1 is not descent on this energy, nor the gradient step of any other.
+# `erg.energy_attention` is Algorithm 1 nevertheless; with the paper's default, gamma = K = 1, the question does not
+# arise.
 #
 # ## 5. Algorithm 1 or Listing 2?
 #
@@ -471,9 +499,11 @@ for gamma in (0.5, 1.5):  # for K = 1 the difference is exactly the lost part of
 # the mean. ERG takes it as the weak prediction and guides away from it,
 # $w \cdot \mathrm{strong} + (1 - w) \cdot \mathrm{weak}$ (eq. 10; w = 1 is off).
 #
-# **Predict**: which tau denoises noise 1, 2 and 3 best, if beta is 1/8? On the right, strong is one step at the best
-# tau for noise 2, at a quarter of it (too unsure) or at four times it (too sure); weak has a tenth of strong's tau.
-# Which of the three comes nearer to the truth with w > 1?
+# Errors below are mean squares a pixel. On the right, strong is one step at the best tau for noise 2, at a quarter of
+# it (too unsure) or at four times it (too sure); weak has a tenth of strong's tau.
+#
+# **Predict**: which tau denoises noise 1, 2 and 3 best, if beta is 1/8? Which of the three strong predictions comes
+# nearer to the truth with w > 1?
 
 # %%
 beta, tau_axis, ws, best = 1 / 8, torch.logspace(-2, 2.5, 28 if QUICK else 91), torch.linspace(0, 2.5, 51), {}
@@ -504,12 +534,10 @@ for part, colour, name, x in cases:
     right.plot(best[name], min(errors), "o", ms=7, color=colour)
     label(right, x + 0.06, errors[round(x * 20)] + 0.03, name, color=colour)
     print(f"{name}: error {errors[20]:.3f} at w = 1; at the best w, {best[name]:.2f}, {min(errors):.3f}")
-left.set(title="Entropy of attention", yticks=[0, 2, 4], ylim=(-0.15, 4.8))
-middle.set(title="Error of one step (diamonds: calculated)", yticks=[0, 0.5, 1])
-right.set(title="Error of the guided prediction", xlabel="w", xticks=[0, 1, 2], yticks=[0, 0.5, 1], ylim=(0, 1.05))
-for ax in (left, middle):
-    ax.set(xscale="log", xlabel="tau", xticks=[0.01, 1, 100], xticklabels=[0.01, 1, 100])
-    ax.minorticks_off()
+over(left, [0.01, 1, 100], title="Entropy of attention (noise 2)", yticks=[0, 2, 4], ylim=(-0.15, 4.8))
+over(middle, [0.01, 1, 100], title="Error of one step (diamonds: calculated)", yticks=[0, 0.5, 1])
+right.set(title="Error after guidance (noise 2; dots: best w)", xlabel="w", xticks=[0, 1, 2], yticks=[0, 0.5, 1],
+          ylim=(0, 1.05))
 plt.show()
 assert (entropy.diff() < 0).all() and abs(entropy[0] - math.log(len(memory))) < 0.01 and entropy[-1] < 0.02
 assert abs(best["ideal"] - 1) <= 0.051 and best["too unsure"] > 1.2 and best["too sure"] < 0.9

@@ -11,18 +11,18 @@
 # ---
 
 # %% [markdown]
-# # Guidance in two dimensions
+# # 2. Guidance in two dimensions
 #
 # Guidance computes $v = w\, v_{strong} + (1 - w)\, v_{weak}$ and hopes. Here is a world in which nobody needs to hope: a
 # distribution in the plane whose density and flow are known in closed form, so that the mistake of every model is a number. Its
 # exact denoiser turns out to be one call of attention, and Entropy Rectifying Guidance (ERG) applies to it as it is. You will
-# see why guidance trades diversity, what a weak prediction must look like to be of use, and where ERG wins and loses against
+# see why guidance costs diversity, what a weak prediction must look like to be of use, and where ERG wins and loses against
 # classifier-free guidance (CFG) and a weak model (AutoGuidance). Half an hour to read, a good minute to run. You need softmax,
 # Bayes' rule, and what a flow model is.
 #
 # Conventions: t = 0 is noise, t = 1 is data, $x_t = (1 - t)\,z + t\,x_1$ with noise $z$, velocity $v = x_1 - z$; w = 1 is no
-# guidance; tau < 1 flattens attention, tau = 1 leaves it. ERG acts where t > kappa, and is here its part in the denoiser: there
-# is no text encoder.
+# guidance; tau < 1 flattens attention, tau = 1 leaves it. There is no text encoder here, so ERG is its part in the denoiser
+# alone (I-ERG), which acts where t > kappa.
 
 # %%
 # The repository around this notebook; where there is none (Colab), it is fetched at the commit that the notebook ran with.
@@ -55,6 +55,53 @@ style()
 plt.rcParams["figure.dpi"] = 100  # many points: a smaller file
 _ = torch.set_grad_enabled(False)
 
+
+# How the figures look; the density and its edge, which they draw, are defined in the cells below.
+@functools.lru_cache
+def densities(box, n=60 if QUICK else 260):
+    x, y = torch.linspace(*box[:2], n), torch.linspace(*box[2:], n)
+    points = torch.cartesian_prod(y, x).flip(1)
+    layers = [torch.cat([log_density(p, condition=c)[0] for p in points.split(4000)]) for c in (2, 1, 0)]
+    return x, y, [layer.view(n, n) for layer in layers]
+
+
+def paper(ax, box, others=("#efefef", "#e6e6e6"), own=("#efe3c8", "#e3d0a4")):
+    """Where the real samples of class 0 lie, and those of the other vines, as light paper to draw on."""
+    x, y, layers = densities(box)
+    for density, colours in zip(layers, (others, others, own)):
+        ax.contourf(x, y, density, [edge, 0.2, 1e3], colors=colours)
+    ax.set(xlim=box[:2], ylim=box[2:], xticks=[], yticks=[], aspect="equal")
+    ax.spines[:].set_visible(False)
+
+
+def names(ax, places):
+    """Labels of methods in their colours, at places (x, y)."""
+    for method, place in places.items():
+        label(ax, *place, method, COLOURS.get(method, "#888888"))
+
+
+def draw_weak_predictions(times, cos, best, sizes):
+    """Cosine and best weight of each weak prediction over t, for each model; in grey, the size of the model's mistake."""
+    figure, axes = plt.subplots(3, 3, figsize=(11, 5.6), sharex=True, sharey="row", height_ratios=(3, 0.2, 2))
+    heights = (1.12, 0.66, -0.64, 0.13), (1.12, -0.55, 0.66, -0.13), (1.04, -0.62, 0.56, 0.13)
+    for (top, strip, bottom), (name, size), places in zip(axes.T, sizes.items(), heights):
+        for method in ("noise", "CFG", "AutoGuidance", "ERG"):
+            colour = COLOURS.get(method, "#b0b0b0")
+            top.plot(times, cos[name[0], method], color=colour)
+            bottom.plot(times, best[name[0], method], color=colour)
+        names(top, dict(zip(("AutoGuidance", "ERG", "CFG", "noise"), zip((0.45, 0.42, 0.45, 0.13), places))))
+        strip.imshow(size[None].numpy(), extent=(0.1, 0.98, 0, 1), aspect="auto", cmap="Greys", vmin=0)
+        strip.set_axis_off()
+        top.set(title=f"model {name}", ylim=(-1, 1.2), yticks=[-1, 0, 1])
+        bottom.set(ylim=(0.5, 2.6), yticks=[1, 2], xlabel="t", xticks=[0.1, 0.5, 0.9], xlim=(0.1, 0.98))
+    axes[0, 0].set_ylabel("cos(mistake, weak - strong)")
+    axes[2, 0].set_ylabel("best weight $w^*$")
+    axes[1, 0].text(0.11, 0.5, "size of the mistake", va="center", fontsize=8, color="#444444")
+
+
+WHOLE, DETAIL = (-0.75, 1.45, -0.4, 2.15), (0.45, 1.45, 0.35, 1.35)
+INK = LinearSegmentedColormap.from_list("ink", ["#e3d0a4", "#8d93a8", "#31456f", "#00204c"])
+
 # %% [markdown]
 # ## A world that is known, and its denoiser is attention
 #
@@ -70,14 +117,15 @@ _ = torch.set_grad_enabled(False)
 #
 # (Multiply the square out; $|x_t|^2$ is the same for all $i$.) That is a softmax over dot products of a query of four numbers,
 # made from $x_t$ and $t$, and one fixed key a component: **attention**, a step of the Hopfield network of notebook 1. With the
-# means as values its output is $A(x_t) = \sum_i p(i \mid x_t)\, m_i$, and the exact velocity follows without a division by
-# $1 - t$:
+# means as values its output is $A(x_t) = \sum_i p(i \mid x_t)\, m_i$. If $x_t$ came from component $i$, data and noise are
+# expected at $m_i + \tfrac{t s^2}{\sigma_t^2}(x_t - t\,m_i)$ and $\tfrac{1-t}{\sigma_t^2}(x_t - t\,m_i)$. Their difference,
+# averaged over the components, is the exact velocity:
 #
 # $$v(x_t) = E[x_1 - z \mid x_t] = \frac{t s^2 - (1-t)}{\sigma_t^2}\; x_t + \frac{1-t}{\sigma_t^2}\; A(x_t).$$
 #
 # A condition selects keys: those of one vine, or all. And ERG's tau < 1 has a meaning: the posterior becomes
 # $p(i \mid x_t)^\tau$, normalized, that of **a denoiser which is less sure what it is looking at**. (`erg.Guidance` rectifies
-# self-attention. Here the keys are components, not points, so below we write `erg.rectify` and `erg.guide` ourselves, in six
+# self-attention. Here the keys are components, not points, so below we call `erg.rectify` and `erg.guide` ourselves, in six
 # lines.)
 
 # %%
@@ -134,40 +182,40 @@ def log_density(x, t=1.0, condition=0, power=1.0):
     return logits.logsumexp(1) - math.log(2 * math.pi * variance), (power * logits).softmax(1)
 
 # %%
+def predict(model, condition=0, tau=1.0):
+    """A predictor (x, t) -> v under a condition, with rectified attention where tau is not 1."""
+    def predictor(x, t):
+        with erg.rectify(model, tau=tau, kind="all"):  # "all": there may be as many points as components, by chance
+            return model(x, x.new_full((len(x),), t), condition)
+    return predictor
+
+
 torch.manual_seed(0)
 x, model = torch.randn(64, 2, dtype=torch.float64), Flow().eval()  # in double precision
 print(erg.attention_calls(model, x, torch.rand(64), 0))
 for t in (0.0, 0.3, 0.7, 0.95, 1.0):
-    times, variance = torch.full((64,), t, dtype=torch.float64), (1 - t)**2 + (t * S)**2
+    variance = (1 - t)**2 + (t * S)**2
     with torch.enable_grad():
         score, = torch.autograd.grad(log_density(x.requires_grad_(), t, None)[0].sum(), x)
     x = x.detach()
-    # The velocity of every flow from a Gaussian is (x_t + (1 - t) * score) / t; here by automatic differentiation.
-    assert torch.allclose(t * model(x, times, None), x + (1 - t) * score, atol=1e-8)
+    # On this path every velocity is (x_t + (1 - t) * score) / t, and the score comes by automatic differentiation.
+    assert torch.allclose(t * predict(model, None)(x, t), x + (1 - t) * score, atol=1e-8)
     for tau in (1.0, 0.5, 0.0):  # attention is Bayes' rule, and erg.rectify takes its posterior to the power tau
         A = log_density(x, t, 1, power=tau)[1] @ means[classes == 1]
-        with erg.rectify(model, tau=tau, kind="all"):  # "all": by chance there may be as many points as components
-            v = model(x, times, 1)
-        assert torch.allclose(v, (t * S**2 - (1 - t)) / variance * x + (1 - t) / variance * A, atol=1e-8)
+        expected = (t * S**2 - (1 - t)) / variance * x + (1 - t) / variance * A
+        assert torch.allclose(predict(model, 1, tau)(x, t), expected, atol=1e-8)
 turn = torch.view_as_real(torch.stack([THIRD, THIRD * 1j])).double()  # turn the plane, and the classes change places
-assert torch.allclose(model(x @ turn, times / 2, 1), model(x, times / 2, 0) @ turn, atol=1e-5)
+assert torch.allclose(predict(model, 1)(x @ turn, 0.5), predict(model, 0)(x, 0.5) @ turn, atol=1e-5)
 source = torch.multinomial(weights[classes == 0], 20000, True)
 real = (means[source] + S * torch.randn(20000, 2)).float()  # real samples, of class 0 as all samples below
 edge = log_density(real)[0].quantile(0.01)  # so that 1 % of them are outliers
 piece = torch.arange(len(vine)) // 5  # the vine cut into short pieces, and their probabilities
 true_shares = torch.bincount(piece, weights=weights[:len(vine)]) * 3
+assert len(true_shares) == 52
 
 # %%
 SAMPLES, STEPS, SLACK = (500, 50, 0.05) if QUICK else (2500, 100, 0)  # slack in claims about few samples
 noise, exact = torch.randn(SAMPLES, 2), Flow().float().eval()
-
-
-def predict(model, condition=0, tau=1.0):
-    """A predictor (x, t) -> v under a condition, with rectified attention where tau is not 1."""
-    def predictor(x, t):
-        with erg.rectify(model, tau=tau, kind="all"):
-            return model(x, torch.full((len(x),), t), condition)
-    return predictor
 
 
 def flow(strong, weak=None, w=1.0, kappa=0.0, until=1.0):
@@ -182,11 +230,12 @@ def flow(strong, weak=None, w=1.0, kappa=0.0, until=1.0):
 
 
 def measure(x):
-    """Outliers: the share of x off the vine. Coverage: how far its shares of the vine's pieces match the true ones."""
+    """Outliers: the share of x off the vine. Coverage: how far its shares of the vine's pieces match the true ones.
+    Density: the mean log density of x in the true distribution."""
     density, posterior = log_density(x)
     shares = torch.bincount(piece[posterior.argmax(1)], minlength=len(true_shares)) / len(x)
     result = dict(outliers=(density < edge).float().mean(), coverage=torch.minimum(shares, true_shares).sum(),
-                  density=density.mean(), entropy=-torch.xlogy(shares, shares).sum())
+                  density=density.mean())
     return {name: value.item() for name, value in result.items()}
 
 
@@ -197,34 +246,18 @@ assert abs(plain["outliers"] - 0.01) < 0.01 and abs(plain["coverage"] - ideal["c
 assert abs(plain["density"] - log_density(real)[0].mean()) < 0.15 + 2 * SLACK  # so Euler arrives at the data
 
 # %% [markdown]
-# (Real samples do not reach a coverage of 1, either: they are finitely many.)
+# The two numbers to remember: an **outlier** is a sample where the true density is lower than at 99 % of the real ones;
+# **coverage** compares the shares of samples on 52 short pieces of the vine with the true shares, and sums the smaller of the
+# two. (Real samples do not reach a coverage of 1, either: they are finitely many.)
 #
-# Now one point $x_t$ at three times, and what attention sees: the darker a component, the more attention it gets. The cross is
-# the point, drawn at $x_t / t$, on the scale of the data; the ring has the radius $\sigma_t / (t \sqrt\tau)$; the diamond is
-# the answer $A(x_t)$. "Sees" is the exponential of the attention's entropy, a number of components.
+# Now one point $x_t$ at three times on the straight way from its noise to its goal, and what attention sees: the darker a
+# component, the more attention it gets. The cross is the point, drawn at $x_t / t$, on the scale of the data; the ring has the
+# radius $\sigma_t / (t \sqrt\tau)$; the diamond is the answer $A(x_t)$. "Sees" is the exponential of the attention's entropy, a
+# number of components.
 #
 # **Predict**: when tau falls from 1 to 0.3, how many more components does the point see, and where does the diamond go?
 
 # %%
-@functools.lru_cache
-def densities(box, n=60 if QUICK else 260):
-    x, y = torch.linspace(*box[:2], n), torch.linspace(*box[2:], n)
-    points = torch.cartesian_prod(y, x).flip(1)
-    layers = [torch.cat([log_density(p, condition=c)[0] for p in points.split(4000)]) for c in (2, 1, 0)]
-    return x, y, [layer.view(n, n) for layer in layers]
-
-
-def paper(ax, box, others=("#efefef", "#e6e6e6"), own=("#efe3c8", "#e3d0a4")):
-    """Where the real samples of class 0 lie, and those of the other vines, as light paper to draw on."""
-    x, y, layers = densities(box)
-    for density, colours in zip(layers, (others, others, own)):
-        ax.contourf(x, y, density, [edge, 0.2, 1e3], colors=colours)
-    ax.set(xlim=box[:2], ylim=box[2:], xticks=[], yticks=[], aspect="equal")
-    ax.spines[:].set_visible(False)
-
-
-WHOLE, DETAIL = (-0.75, 1.45, -0.4, 2.15), (0.45, 1.45, 0.35, 1.35)
-INK = LinearSegmentedColormap.from_list("ink", ["#e3d0a4", "#8d93a8", "#31456f", "#00204c"])
 m, seen, figure = means[classes == 0].float(), {}, plt.figure(figsize=(7, 5.6))
 goal = m[branch == 5][9]
 for i, (tau, t) in enumerate([(tau, t) for tau in (1.0, 0.3) for t in (0.7, 0.85, 0.95)]):
@@ -245,9 +278,10 @@ assert all(seen[t, 0.3] > 1.5 * seen[t, 1.0] for t in (0.7, 0.85, 0.95))
 plt.show()
 
 # %% [markdown]
-# Nearly twice as many: dividing the exponent of a Gaussian by $1/\tau$ widens it by $1/\sqrt\tau$, so a tempered denoiser sees
-# its point through more noise than there is. Its answer is the mean of more components, nearer to the middle of things:
-# flattened attention is **blur**. (The log weights are flattened, too; at tau = 0 the answer is the plain mean of the vine.)
+# Nearly twice as many: a Gaussian whose exponent is multiplied by tau is wider by $1/\sqrt\tau$ (1.83 for 0.3), so a tempered
+# denoiser sees its point through more noise than there is. Its answer is the mean of more components, nearer to the middle of
+# things: flattened attention is **blur**. (The log weights are flattened, too; at tau = 0 the answer is the plain mean of the
+# vine.)
 #
 # Now guide the *exact* model, which needs no help. CFG contrasts the velocity of one vine with that of all three. Each vine
 # below is sampled with its own condition; the vines are turns of one another, and so are the samples.
@@ -269,7 +303,7 @@ for ax, w in zip(axes, (1.0, 1.5, 2.0, 3.0)):
         ax.scatter(*turned.T, s=1.1, lw=0, color=COLOURS["CFG" if w > 1 else "no guidance"])
     ax.set_title(f"exact model, CFG, w = {w:g}" if w > 1 else "exact model, no guidance", loc="center")
     ax.set_xlabel("{reached} of 9 branches, coverage {coverage:.2f}\n"
-                  "entropy {entropy:.2f}, log density {density:+.2f}".format(**cfg[w]))
+                  "outliers {outliers:.1%}, log density {density:+.2f}".format(**cfg[w]))
 own, every = log_density(real)[0], torch.stack([log_density(real, condition=c)[0] for c in range(3)]).logsumexp(0)
 sure = ((own - every).exp() > 0.99).double().mean()
 early, late = (measure(flow(predict(exact), predict(exact, None), 3.0, kappa, until)[-1])["coverage"]
@@ -278,7 +312,7 @@ print(f"real samples with p(class | x) > 0.99: {sure:.0%}")
 print(f"coverage with w = 3 for t < 0.5 alone: {early:.2f}; for t > 0.8 alone: {late:.2f}")
 assert sure > 0.9 and early < 0.6 < 0.8 < late
 for a, b in ((1, 1.5), (1.5, 2), (2, 3)):
-    assert cfg[a]["coverage"] > cfg[b]["coverage"] + 0.05 and cfg[a]["entropy"] > cfg[b]["entropy"]
+    assert cfg[a]["coverage"] > cfg[b]["coverage"] + 0.05
 assert cfg[3]["density"] < cfg[1]["density"] and cfg[3]["outliers"] < 0.04  # lower, yet on the curves
 assert cfg[3]["reached"] < cfg[1]["reached"] == 9
 plt.show()
@@ -317,34 +351,23 @@ def world(mistake, worse, tau=0.6):
 def compare(strong, weak, t):
     """cos(e, d), the best weight, and the size of the mistake, at points x_t of the true flow."""
     x_t = (1 - t) * noise + t * real[:SAMPLES]
-    v, v_true = strong(x_t, t), predict(exact)(x_t, t)
-    e, d = v - v_true, weak(x_t, t) - v
+    v, v_true, v_weak = (predictor(x_t, t).double() for predictor in (strong, predict(exact), weak))
+    e, d = v - v_true, v_weak - v
     cos, best = F.cosine_similarity(e.flatten(), d.flatten(), 0), 1 + (e * d).sum() / d.square().sum()
-    assert abs(((e - (best - 1) * d).norm() / e.norm())**2 - (1 - cos**2)) < 1e-3  # the formula above
+    left = erg.guide(v, v_weak, best.item()) - v_true
+    assert abs((left.norm() / e.norm())**2 - (1 - cos**2)) < 1e-6  # the formula above
     return cos, best, e.norm() / v_true.norm()
 
 
 worlds = {"A, soft attention": world(dict(attention_width=0.14), dict(attention_width=0.2)),
           "B, too wide": world(dict(width=0.05), dict(width=0.08)),
           "C, too few": world(dict(width=0.06, every=4), dict(width=0.1, every=8))}
-times, cos, best = torch.linspace(0.1, 0.98, 23), {}, {}
-figure, axes = plt.subplots(3, 3, figsize=(11, 5.6), sharex=True, sharey="row", height_ratios=(3, 0.2, 2))
-for (top, strip, bottom), (name, (strong, weak)) in zip(axes.T, worlds.items()):
+times, cos, best, sizes = torch.linspace(0.1, 0.98, 23), {}, {}, {}
+for name, (strong, weak) in worlds.items():
     for method, predictor in ({"noise": lambda x, t: strong(x, t) + torch.randn(x.shape)} | weak).items():
-        key, colour = (name[0], method), COLOURS.get(method, "#b0b0b0")
-        cos[key], best[key], size = torch.tensor([compare(strong, predictor, t) for t in times.tolist()]).T
-        top.plot(times, cos[key], color=colour)
-        bottom.plot(times, best[key], color=colour)
-    strip.imshow(size[None].numpy(), extent=(0.1, 0.98, 0, 1), aspect="auto", cmap="Greys", vmin=0)
-    strip.set_axis_off()
-    top.set(title=f"model {name}", ylim=(-1, 1.2), yticks=[-1, 0, 1])
-    bottom.set(ylim=(0.5, 2.6), yticks=[1, 2], xlabel="t", xticks=[0.1, 0.5, 0.9], xlim=(0.1, 0.98))
-axes[0, 0].set_ylabel("cos(mistake, weak - strong)")
-axes[2, 0].set_ylabel("best weight $w^*$")
-axes[1, 0].text(0.11, 0.5, "size of the mistake", va="center", fontsize=8, color="#444444")
-for ax, heights in zip(axes[0], ((1.12, 0.66, -0.64, 0.13), (1.12, -0.55, 0.66, -0.13), (1.04, -0.62, 0.56, 0.13))):
-    for x, y, method in zip((0.45, 0.42, 0.45, 0.13), heights, ("AutoGuidance", "ERG", "CFG", "noise")):
-        label(ax, x, y, method, COLOURS.get(method, "#888888"))
+        key, found = (name[0], method), [compare(strong, predictor, t) for t in times.tolist()]
+        cos[key], best[key], sizes[name] = torch.tensor(found).T
+draw_weak_predictions(times, cos, best, sizes)
 plt.show()
 
 # %% [markdown]
@@ -353,7 +376,7 @@ plt.show()
 # for all three, because its weak model is made by the recipe of the strong one's mistake. In A and B only a variance differs,
 # so its best weight can be foretold: $1 + (0.14^2 - s^2) / (0.2^2 - 0.14^2) = 1.93$ and
 # $1 + (0.05^2 - s^2) / (0.08^2 - 0.05^2) = 1.48$. This is Richardson's extrapolation to the limit. CFG's prediction points away
-# from A's mistakes, and in part towards those of B and C.
+# from A's mistakes, and in part towards those of B and C. Noise has no direction: its cosine is 0, its best weight 1.
 #
 # The lower row explains kappa. Mistakes are made late (the grey strips), but flattened attention differs from the start: before
 # t = 0.5 ERG's best weight is next to 1 even for A. **That is what kappa is for: ERG's weak prediction errs early, where the
@@ -420,7 +443,7 @@ for (ax, zoom), (method, path) in zip(axes.T, paths.items()):
     ax.set_xlabel("outliers {outliers:.1%}, coverage {coverage:.2f}".format(**results[method]))
 plain = results["no guidance"]
 for better in (results["AutoGuidance"], results["ERG"]):
-    assert better["outliers"] < 0.6 * plain["outliers"] and better["coverage"] > plain["coverage"] - SLACK
+    assert better["outliers"] < 0.6 * plain["outliers"] and better["coverage"] > plain["coverage"] - 0.03 - SLACK
 assert results["CFG"]["outliers"] > plain["outliers"] - 0.01 and results["CFG"]["coverage"] < plain["coverage"] - 0.1
 all_samples = {"real": real} | {method: path[-1] for method, path in paths.items()}
 on_stem = {method: (branch[log_density(x)[1].argmax(1)] == 0).float().mean() for method, x in all_samples.items()}
@@ -429,11 +452,11 @@ assert on_stem["ERG"] > on_stem["no guidance"] > on_stem["real"] > on_stem["CFG"
 plt.show()
 
 # %% [markdown]
-# (Large dots are outliers; the lower row has the last 40 % of the way of the same few points.) AutoGuidance and ERG bring most
-# outliers back to the curves, and coverage does not fall, but rises a little. That is no free lunch for ERG: it sends more of
-# what was between the curves to the thick stem (68 % of its samples, where 57 % belong) and less to the thin shoots. CFG
-# empties a good part of the vine, root and stem first, and the rest is no nearer to the curves than before: its weak prediction
-# knows nothing of A's mistake.
+# (Large dots are outliers; the lower row has the last 40 % of the way of a few points, those that end near this shoot without
+# guidance.) AutoGuidance and ERG bring most outliers back to the curves, and coverage hardly changes. That is no free lunch for
+# ERG: it sends more of what was between the curves to the thick stem (68 % of its samples, where 57 % belong) and less to the
+# thin shoots. CFG empties a good part of the vine, root and stem first, and the rest is no nearer to the curves than before:
+# its weak prediction does not share A's mistake.
 #
 # One w is not a fair comparison. So let w go from 1 to 4 (dots: 1, 1.5, 2, 2.5, 3, 4), for all three models. Thin lines have
 # another setting: AutoGuidance a less weak model (0.18; 0.07; 0.08), ERG a gentler tau = 0.8 at all t.
@@ -455,7 +478,7 @@ for ax, (name, (strong, weak)), (_, other) in zip(axes, worlds.items(), gentler)
         points = [plain] + [measure(flow(strong, predictor, w, kappa)[-1]) for w in WEIGHTS]
         precision, coverage = [1 - r["outliers"] for r in points], [r["coverage"] for r in points]
         ax.plot(precision, coverage, "o-", ms=2 * lw, lw=lw, color=COLOURS[method])
-        kept = [r["outliers"] for r in points if r["coverage"] > plain["coverage"] - 0.03]  # next to no diversity lost
+        kept = [r["outliers"] for r in points if r["coverage"] > plain["coverage"] - 0.03 - SLACK]  # little lost
         fewest[name[0], method] = min(kept + [fewest.get((name[0], method), 1.0)])
     ax.plot(1 - plain["outliers"], plain["coverage"], "o", ms=9, color=COLOURS["no guidance"])
     ax.plot(1 - ideal["outliers"], ideal["coverage"], "*", ms=15, color=COLOURS["real images"])
@@ -465,24 +488,23 @@ for ax, (name, (strong, weak)), (_, other) in zip(axes, worlds.items(), gentler)
           ", ".join(f"{method} {fewest[name[0], method]:.1%}" for method in weak))
     assert fewest[name[0], "AutoGuidance"] < 0.6 * plain["outliers"] and fewest[name[0], "CFG"] == plain["outliers"]
     left = fewest[name[0], "ERG"] / plain["outliers"]
-    assert left < 0.4 if name[0] == "A" else left > 0.5
-assert fewest["A", "ERG"] < fewest["A", "AutoGuidance"] + SLACK
+    assert left < 0.5 if name[0] == "A" else left > 0.5
+assert fewest["A", "ERG"] < fewest["A", "AutoGuidance"] + 0.02 + SLACK
 print(f"standard error of 3 % outliers: {math.sqrt(0.03 * 0.97 / SAMPLES):.1%}")
 axes[0].set_ylabel("diversity: coverage")
 for ax, places in zip(axes, ({"AutoGuidance": (0.72, 0.67), "ERG": (0.9, 0.68), "CFG": (0.8, 0.42)},
                              {"AutoGuidance": (0.87, 0.975), "ERG": (0.895, 0.83), "CFG": (0.88, 0.68)},
                              {"AutoGuidance": (0.88, 0.96), "ERG": (0.835, 0.85), "CFG": (0.82, 0.72)})):
-    for method, place in places.items():
-        label(ax, *place, method, COLOURS[method])
+    names(ax, places)
 plt.show()
 
 # %% [markdown]
 # In A, ERG keeps up with AutoGuidance, and without a second model: outliers fall from 10.8 % to 1.9 %, against 3.6 %. That is
-# no clear win: where both repair alike, AutoGuidance keeps a little more coverage. In B and C ERG repairs little (10.5 % of
-# 15.1 % and 17.9 % of 23.0 % remain), AutoGuidance nearly all or most (0.6 %, 6.6 %). CFG repairs nothing that would be worth
-# the coverage, in B and C in spite of its cosine: until t = 0.8 its best weight is below 1.1, and 1.5 is far beyond. Direction
-# is not all: **a weak prediction must be wrong in the same direction, and in proportion, at all t.** Which method has that
-# depends on the mistake.
+# no clear win: it hangs on which dot still counts, and with another seed in `torch.manual_seed(0)` the order can turn round. In
+# B and C ERG repairs little (10.5 % of 15.1 % and 17.9 % of 23.0 % remain), AutoGuidance nearly all or most (0.6 %, 6.6 %). CFG
+# repairs nothing that would be worth the coverage, in B and C in spite of its cosine: until t = 0.8 its best weight is below
+# 1.1, and 1.5 is far beyond. Direction is not all: **a weak prediction must be wrong in the same direction, and in proportion,
+# at all t.** Which method has that depends on the mistake.
 #
 # Last, ERG's two dials, on model A at w = 2: tau says how far the weak prediction errs, kappa from when on.
 #
@@ -516,9 +538,9 @@ assert extreme["outliers"] > 0.9
 
 # %% [markdown]
 # From the upper left to the lower right: gently all the time, or strongly at the end. A low tau from the start loses coverage
-# *and* precision, a late kappa with a gentle tau just repairs less; in between, at tau = 0.6, kappa hardly matters. Neither
-# dial replaces the other, since kappa removes the times at which the direction is wrong, and tau sets how far along it one
-# goes.
+# *and* precision, a late kappa with a gentle tau just repairs less; in between, at tau = 0.6, a kappa up to 0.7 hardly matters.
+# Neither dial replaces the other, since kappa removes the times at which the direction is wrong, and tau sets how far along it
+# one goes.
 #
 # ## What did not work
 #
