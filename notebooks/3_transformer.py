@@ -53,30 +53,39 @@ from tiny_dit import sample
 from train_toy import RECIPES, WEIGHTS, generate, guidance_settings, load_checkpoint
 
 style()
-plt.rcParams["figure.dpi"] = 100
 torch.set_grad_enabled(False)  # nothing is trained here
 NAMES = [name for name in ("digits", "mnist", "cifar10") if (WEIGHTS / f"{name}.pt").is_file()]
 MODELS = {name: load_checkpoint(WEIGHTS / f"{name}.pt")[0] for name in NAMES}
 print("weights:", *NAMES, "" if "cifar10" in NAMES else "(no CIFAR-10 weights yet: figure 1 shows them once there are)")
 
 
-coarse = lambda x: (10 * x).round() / 10  # few colours, for small files
-
-
 def sheet(ax, rows, captions=(), notes=()):
     """A dict of rows of pictures: names at the left in their method's colour, captions above, notes at the right."""
-    images = coarse(torch.stack(list(rows.values())))  # (rows, n, C, S, S)
+    images = torch.stack(list(rows.values()))  # (rows, n, C, S, S)
     n, side = images.shape[1], images.shape[-1]
     pitch, centre = side + max(1, side // 14), side / 2 - 0.5
     pictures(ax, images.flatten(0, 1), columns=n)
     for i, name in enumerate(rows):
         method = next((m for m in ("no guidance", "CFG", "I-ERG", "C-ERG", "ERG") if name.startswith(m)), "real images")
-        ax.text(-0.18 * side, i * pitch + centre, name, ha="right", va="center", fontsize=8, color=COLOURS[method])
+        ax.text(-0.18 * side, i * pitch + centre, name, ha="right", va="center", fontsize=10, color=COLOURS[method])
     for i, note in enumerate(notes):
-        ax.text((n + 0.05) * pitch, i * pitch + centre, note, va="center", fontsize=7, color="#666666")
+        ax.text((n + 0.05) * pitch, i * pitch + centre, note, va="center", fontsize=9, color="#666666")
     for i, caption in enumerate(captions):
         text = textwrap.fill(caption, 9)
-        ax.text(i * pitch + centre, -0.15 * side, text, ha="center", va="bottom", fontsize=6.5)
+        ax.text(i * pitch + centre, -0.15 * side, text, ha="center", va="bottom", fontsize=8)
+
+
+def draw_lines(ax, x, metric, curves, plain):
+    """The curves {name: points} of one metric over x: means bold, seeds thin, names at the ends."""
+    ax.axhline(plain[metric].mean(), color=COLOURS["no guidance"], ls="--", lw=1.2)
+    ends = {name: points[-1][metric].mean().item() for name, points in curves.items()}
+    for name, points in curves.items():
+        values, colour = torch.stack([point[metric] for point in points]), COLOURS[name.split(":")[0]]  # (x, seeds)
+        ax.plot(x[:len(points)], values, color=colour, lw=0.6, alpha=0.6)
+        ax.plot(x[:len(points)], values.mean(1), color=colour, lw=2.2)
+        lowest = len(ends) > 1 and name == min(ends, key=ends.get)
+        ax.annotate(name, (x[len(points) - 1], ends[name]), (4, 0), textcoords="offset points", color=colour,
+                    va="top" if lowest else "bottom", fontweight="bold", fontsize=10, annotation_clip=False)
 
 
 # %% [markdown]
@@ -98,49 +107,52 @@ def sheet(ax, rows, captions=(), notes=()):
 # colours, the digit, or the sharpness of the strokes? And a flat attention in the caption encoder?
 
 # %%
-def predictions(model, x, t, captions, recipe):
-    """Velocities under ordinary attention, I-ERG and C-ERG."""
+def weak_predictions(model, x, t, captions, recipe):
+    """Velocities under I-ERG and C-ERG."""
     condition, weak_condition = erg.encode(model.encode, captions, tau=recipe.tau_c)
     with erg.rectify(model, tau=recipe.tau_i, layers=range(*recipe.layers), queries=slice(0, model.side**2)):
         v_weak = model(x, t, condition)
-    return model(x, t, condition), v_weak, model(x, t, weak_condition)
+    return v_weak, model(x, t, weak_condition)
 
 
+rms = lambda a, b: (a - b).square().mean().sqrt().item()
 mnist, digits = MODELS["mnist"], MODELS["digits"]
 print(erg.attention_calls(mnist, torch.zeros(1, 3, 28, 28), 0.3, mnist.encode(["a red seven"])))
-fig, axes = plt.subplots(1, len(NAMES), figsize=(4.8 * len(NAMES), 4.4))
+fig, axes = plt.subplots(1, len(NAMES), figsize=(5.2 * len(NAMES), 4.8))
 for ax, (name, model) in zip(axes, MODELS.items()):
     recipe, t = RECIPES[name], 0.3
     captions, _ = runs.draw_prompts(runs.attribute_words(model), "text", 6, seed=4)
     noise = torch.randn(6, 3, *[model.config.image_size] * 2, generator=torch.Generator().manual_seed(1))
     x = sample(model, noise, model.encode(captions), steps=10, trajectory=True)[3]  # at t = 3 / 10
-    v, v_i, v_c = predictions(model, x, t, captions, recipe)
+    v = model(x, t, model.encode(captions))
+    v_i, v_c = weak_predictions(model, x, t, captions, recipe)
+    assert torch.equal(v, model(x, t, model.encode(captions)))  # the contexts leave the model as it was, to the bit
     sheet(ax, {"x_t": x / 2, "strong": x + (1 - t) * v, "I-ERG: weak": x + (1 - t) * v_i,
-               "strong − weak, × 2": 2 * (1 - t) * (v - v_i), "C-ERG: weak": x + (1 - t) * v_c}, captions)
-    ax.set_title(f"{name}: layers {recipe.layers[0]}:{recipe.layers[1]} flattened, seen at t = {t}", pad=36)
-    assert torch.equal(v, predictions(model, x, t, captions, recipe)[0])  # the context leaves the model bit-identical
+               "strong − I-ERG, × 2": 2 * (1 - t) * (v - v_i), "C-ERG: weak": x + (1 - t) * v_c}, captions)
+    ax.set_title(f"{name}: layers {recipe.layers[0]}:{recipe.layers[1]} flattened, seen at t = {t}", pad=42)
+    print(f"{name}: I-ERG changes v by {rms(v_i, v) / rms(v, 0 * v):.0%}, C-ERG by {rms(v_c, v) / rms(v, 0 * v):.0%}")
 plt.show()
 
 # %% [markdown]
 # I-ERG keeps colours and position and loses structure: strokes smear on the digits and fall apart on MNIST, because the patches
-# of these layers all see the same mean. C-ERG loses what the caption says: colours turn into a mixture, and the digit with
-# them. Guidance adds the difference, so it moves away from both kinds of vagueness.
+# of these layers all see the same mean. C-ERG loses what the caption says, and how much that is depends on what $x_t$ shows
+# already: on the digits colours turn into a mixture; on MNIST the zero's background gets a false colour, and most strokes stay.
 #
 # Is the weak prediction *weak*, or just different? For a flow that is a question with an answer: the squared error of the
 # velocity on real images, which the model was trained to minimize. **Predict**: rank the strong prediction, I-ERG in layer
-# 1, in layers 3:5 and in layers 6:8, C-ERG and the null prompt of CFG by their error. Is the order the same at t = 0.3 and at
+# 1, in layers 3:5 and in layers 6:8, C-ERG and the null prompt of CFG by their error. Is the order the same at t = 0.1 and at
 # t = 0.9?
 
 # %%
 generator, times = torch.Generator().manual_seed(0), [0.1, 0.5, 0.9] if QUICK else [0.1, 0.3, 0.5, 0.7, 0.9]
-real, captions, _ = data.load("digits", None, "test").batch(torch.arange(60 if QUICK else 240), generator)
-noise = torch.randn(real.shape, generator=generator)
+images, captions, _ = data.load("digits", None, "test").batch(torch.arange(32 if QUICK else 240), generator)
+noise = torch.randn(images.shape, generator=generator)
 condition, weak_condition = erg.encode(digits.encode, captions, tau=0.01)
-conditions = {"strong": condition, "C-ERG": weak_condition, "CFG: null prompt": digits.encode([""] * len(real))}
+conditions = {"strong": condition, "C-ERG": weak_condition, "CFG: null prompt": digits.encode([""] * len(images))}
 errors = {name: [] for name in [*conditions, "I-ERG 1:2", "I-ERG 3:5", "I-ERG 6:8"]}
-error = lambda x_t, t, c: (digits(x_t, t, c) - (real - noise)).square().mean().item()
+error = lambda x_t, t, c: (digits(x_t, t, c) - (images - noise)).square().mean().item()
 for t in times:
-    x_t = (1 - t) * noise + t * real
+    x_t = (1 - t) * noise + t * images
     for name, c in conditions.items():
         errors[name].append(error(x_t, t, c))
     for first, end in ((1, 2), (3, 5), (6, 8)):
@@ -175,11 +187,12 @@ assert errors["I-ERG 3:5"][-1] > 4 * errors["strong"][-1]  # ... and middle ones
 #
 # $v = w\,v(x, \phi_c, t) + (1 - w)\,v^{\tau,\alpha,\gamma,K}(x, \phi_c^{\tau_c}, t)$. The same four captions and seeds under
 # eight knobs, each changed alone from one setting: w = 2.5, tau_c = tau_i = 0.01, layers 2:4, kappa = 0.2 and
-# alpha = gamma = K = 1. The grey number is the distance to it (root mean square over pixels). The seed was chosen so that
-# without guidance strokes are broken and there is something to see.
+# alpha = gamma = K = 1. Each column of a panel is one value of its knob (above), and the grey number below is the distance to
+# that setting (root mean square over pixels). The seed was chosen so that without guidance strokes are broken and there is
+# something to see.
 #
-# **Predict**: which knob turns the pictures upside down, and which hardly touches them? Does K = 4 change more at
-# tau_i = 0.01 or at tau_i = 0.5? And does gamma have a side on which nothing happens?
+# **Predict**: which knobs change the pictures most, and which hardly at all? Does K = 4 change more at tau_i = 0.01 or at
+# tau_i = 0.5? And does gamma have a side on which nothing happens?
 
 # %%
 RECIPE = RECIPES["mnist"]
@@ -190,56 +203,66 @@ KNOBS = {"w": [1.0, 1.5, 2.5, 6.0], "tau_c": [0.01, 0.1, 0.3, 10.0], "tau_i": [0
          "gamma": [0.25, 1.0, 1.5, 2.0], "K": [(1, 0.01), (4, 0.01), (1, 0.5), (4, 0.5)]}
 
 
-def picture(method="erg", captions=CAPTIONS, steps=3 if QUICK else 14, seed=10, **change):
+def picture(method="erg", captions=CAPTIONS, steps=2 if QUICK else 14, seed=10, **change):
     flags = {**BASE, **change} if method == "erg" else change
     return generate(mnist, captions, guidance_settings(method, RECIPE, **flags), steps, seed)
 
 
-rms = lambda a, b: (a - b).square().mean().sqrt().item()
 base, shown = picture(), {}
-fig, axes = plt.subplots(2, 4, figsize=(11, 5.4))
+fig, axes = plt.subplots(2, 4, figsize=(11, 7))
+fig.get_layout_engine().set(wspace=0.08, hspace=0.08)
 for ax, (knob, values) in zip(axes.flat, KNOBS.items()):
-    for value in values:
-        shown[knob, value] = picture(**(dict(zip(("K", "tau_i"), value)) if knob == "K" else {knob: value}))
-    name = {"K": lambda v: f"K = {v[0]}, {v[1]}", "layers": lambda v: f"{v[0]}:{v[1]}"}.get(knob, lambda v: f"{v:g}")
-    far = [rms(shown[knob, value], base) for value in values]
-    sheet(ax, {name(v): shown[knob, v] for v in values}, notes=[f"{d:.2f}" if d else "start" for d in far])
-    ax.set_title("K, tau_i" if knob == "K" else knob, fontweight="bold")
+    values = values[::3] if QUICK else values
+    for i, value in enumerate(values):
+        shown[knob, value] = picture(**(dict(K=value[0], tau_i=value[1]) if knob == "K" else {knob: value}))
+        name = {"K": "{}, {}", "layers": "{}:{}"}[knob].format(*value) if isinstance(value, tuple) else f"{value:g}"
+        far = rms(shown[knob, value], base)
+        ax.text(30 * i + 14, -3, name, ha="center", va="bottom", fontsize=10)
+        ax.text(30 * i + 14, 120, f"{far:.2f}" if far else "start", ha="center", va="top", fontsize=9, color="#666666")
+    pictures(ax, torch.stack([shown[knob, value] for value in values], dim=1).flatten(0, 1), columns=len(values))
+    ax.set_title("K, tau_i" if knob == "K" else knob, fontweight="bold", fontsize=11, pad=20)
 fig.suptitle("MNIST, the same captions and seeds: one knob at a time", x=0.01, ha="left")
 plt.show()
-none, condition = picture("none"), mnist.encode(CAPTIONS)
-assert torch.equal(shown["w", 1.0], none)  # w = 1 is off, to the bit
+strong, weak = erg.encode(mnist.encode, CAPTIONS, tau=0.01)
+x = torch.randn(4, 3, 28, 28, generator=torch.Generator().manual_seed(10))
+for t in (0.0, 0.5):  # two Euler steps of the formula above, one before kappa and one behind it
+    with erg.rectify(mnist, tau=0.01 if t > 0.2 else 1.0, layers=range(2, 4), queries=slice(0, mnist.side**2)):
+        v_weak = mnist(x, t, weak)
+    x = x + (2.5 * mnist(x, t, strong) + (1 - 2.5) * v_weak) / 2
+assert rms(x.clamp(-1, 1), picture(steps=2)) < 1e-4
+assert torch.equal(shown["w", 1.0], none := picture("none"))  # w = 1 is off, to the bit
 assert torch.equal(shown["kappa", 1.0], picture("c-erg", w=2.5, tau_c=0.01))  # kappa = 1 is C-ERG alone
-assert erg.ERG(w=2.5, tau=1.0, tau_c=1.0) == erg.ERG(w=2.5)  # tau_i = tau_c = 1 is CFG ...
 with erg.rectify(mnist, tau=1.0, layers=range(2, 4)):
-    same = mnist(none, 0.5, condition)
-assert torch.equal(same, mnist(none, 0.5, condition))  # ... since tau = 1 leaves attention as it is, to the bit
+    same = mnist(none, 0.5, mnist.encode(CAPTIONS))
+assert torch.equal(same, mnist(none, 0.5, mnist.encode(CAPTIONS)))  # tau = 1 leaves attention as it is, to the bit
 assert torch.equal(shown["alpha", 0.0], picture(alpha=0.0, tau_i=3.0))  # alpha = 0: no attention, so no temperature
 if not QUICK:
     assert rms(shown["K", (1, 0.5)], shown["K", (4, 0.5)]) > 0.1  # K matters at tau_i = 0.5, and lands where 0.01 does
     assert max(rms(shown["K", (4, tau)], base) for tau in (0.01, 0.5)) < 0.05
 
 # %% [markdown]
-# **w** mends broken strokes, then thickens them, and burns at 6. **tau_c** and **tau_i** near 0 act most; above 1 the attention is
-# sharper rather than flatter: tau_c = 10 leaves the three broken, and tau_i = 10 thins the strokes. **Layers** 4:6 add speckle
+# **w** mends broken strokes, then thickens them, and burns at 6. **tau_c**: only 0.01 mends the three. **tau_i**: 0.3 does less
+# than 0.01, and above 1, where attention is sharper rather than flatter, the strokes become thin. **Layers** 4:6 add speckle
 # and false colours, all eight at once leave the data. **kappa** takes I-ERG away step by step, until 1 is C-ERG alone.
 # **alpha** = 0 silences attention, and is hardly different from flat attention: a mean over all patches says next to nothing.
 # **gamma** away from 1 leaves or overshoots the query, and acts on both sides. **K**: four steps at tau_i = 0.5 land where one
-# step at 0.01 does, and at 0.01 they change next to nothing. So begin with w and the layers; the rest is fine-tuning.
+# step at 0.01 does, and at 0.01 they change next to nothing. By distance, w and the layers move the pictures most (up to 0.37):
+# begin with them; the rest is fine-tuning.
 #
 # ## 3. What they do to metrics
 #
 # Now numbers, on the digits model, which is fast. A Frechet distance compares means and covariances of a classifier's
 # features, density and coverage count neighbours, prompt accuracy asks the classifier whether the digit (and, with a full
 # caption, both colours) is right. Each point is two seeds (thin lines) of only 80 images, 8 Euler steps: **Frechet distances of so
-# few images are biased upwards, so compare within a panel, and take small gaps as noise**. In the corner: 80 real images.
+# few images are biased upwards, so compare within a panel, and take small gaps as noise**. Coverage is printed, but not drawn:
+# with so few images it nearly follows density.
 #
 # **Predict**: with a full caption, who is ahead, CFG or ERG? With one word, how far does guidance lift prompt accuracy? And
 # does the Frechet distance keep falling with w?
 
 # %%
 N, SEEDS, STEPS = (12, (0,), 4) if QUICK else (80, (0, 1), 8)
-METRICS = dict(frechet="Frechet distance ↓", density="density ↑", coverage="coverage ↑", prompt="prompt accuracy ↑")
+METRICS = dict(frechet="Frechet distance ↓", density="density ↑", prompt="prompt accuracy ↑")  # drawn ones
 I_ERG = dict(tau=0.01, layers=[1], kappa=0.2)  # the digits' recipe
 TASKS = {  # name, values of w, {method: its name and parameters in experiments/runs.py}
     "text": ("full caption", [1.5, 2.0, 3.0], {"CFG": ("cfg", {}), "ERG": ("erg", dict(I_ERG, tau_c=0.01))}),
@@ -248,104 +271,87 @@ TASKS = {  # name, values of w, {method: its name and parameters in experiments/
 
 
 def measure(task, method="none", **parameters):
-    """{metric: its value at each seed} on the digits."""
+    """{metric: its value at each seed} on the digits; the means are printed."""
     rows = [runs.compute(runs.Run("digits", task, method, parameters, seed, N, STEPS)) for seed in SEEDS]
-    return {m: torch.tensor([row[m] for row in rows]) for m in METRICS if m in rows[0]}
+    point = {m: torch.tensor([row[m] for row in rows]) for m in (*METRICS, "coverage") if m in rows[0]}
+    given = ", ".join(f"{name} = {parameters[name]}" for name in ("w", "negative", "tau", "tau_c") if name in parameters)
+    print(f"{task:>13} {method:>4}  ", "  ".join(f"{m} {v.mean():6.3f}" for m, v in point.items()), " ", given)
+    return point
 
 
-def name_lines(ax, x, ends):
-    """Name lines by method at their ends {name: y}, the highest above, the lowest below."""
-    lowest = min(ends, key=ends.get) if len(ends) > 1 else None
-    for name, y in ends.items():
-        label(ax, x, y, name, COLOURS[name.split(":")[0]], va="top" if name == lowest else "bottom", fontsize=8)
-
-
-plain = {task: measure(task) for task in TASKS}
+plain, curves = {task: measure(task) for task in TASKS}, {}
 real = [runs.measure_real("digits", seed, N) for seed in SEEDS]
-curves = {(task, name): [plain[task]] + [measure(task, method, w=w, **p) for w in (ws[:1] if QUICK else ws)]
-          for task, (_, ws, methods) in TASKS.items() for name, (method, p) in methods.items()}
-for (task, name), points in curves.items():
-    for w, point in zip([1, *TASKS[task][1]], points):
-        numbers = "  ".join(f"{m} {v.mean():6.3f}" for m, v in point.items())
-        print(f"{task:>13} {name if w > 1 else 'no guidance':>11} w = {w:<4g}  {numbers}")
-
-
-# %%
-fig, axes = plt.subplots(3, 4, figsize=(9.6, 6.6))
+fig, axes = plt.subplots(3, 3, figsize=(9.6, 8))
 for line, (task, (title, ws, methods)) in zip(axes, TASKS.items()):
+    for name, (method, p) in methods.items():
+        curves[task, name] = [plain[task]] + [measure(task, method, w=w, **p) for w in (ws[:1] if QUICK else ws)]
     for ax, (metric, heading) in zip(line, METRICS.items()):
-        if metric not in plain[task]:
+        if metric not in plain[task]:  # no caption, no prompt accuracy
             ax.axis("off")
             continue
-        ax.axhline(plain[task][metric].mean(), color=COLOURS["no guidance"], ls="--", lw=1.2)
-        ends = {}
-        for name in methods:
-            values = torch.stack([point[metric] for point in curves[task, name]])  # (w, seeds)
-            x, ends[name] = [1, *ws][:len(values)], values[-1].mean().item()
-            ax.plot(x, values, color=COLOURS[name], lw=0.6, alpha=0.6)
-            ax.plot(x, values.mean(1), color=COLOURS[name], lw=2.2)
-        name_lines(ax, x[-1] + 0.02 * (ws[-1] - 1), ends)
-        if metric != "prompt":
-            average = sum(row[metric] for row in real) / len(SEEDS)
-            ax.text(1, 1.01, f"real {average:.2f}", transform=ax.transAxes, ha="right", fontsize=7)
-        ax.set(title=heading if task == "text" else "", ylabel=title if metric == "frechet" else "", xlabel="w",
-               xlim=(1.05 - 0.05 * ws[-1], 1.25 * ws[-1] - 0.25))
+        draw_lines(ax, [1, *ws], metric, {name: curves[task, name] for name in methods}, plain[task])
+        beside = "" if metric == "prompt" else f"   (real images {sum(row[metric] for row in real) / len(SEEDS):.2f})"
+        ax.set_title((heading if task == "text" else heading[:-2]) + beside)
+        ax.set(ylabel=title if metric == "frechet" else "", xlabel="w", xlim=(1, 1.25 * ws[-1] - 0.25))
         ax.set_xticks([1, *ws], [f"{w:g}" for w in [1, *ws]])
-label(axes[0, 0], 3.45, plain["text"]["frechet"].mean(), "no guidance", "#555555", ha="right", fontsize=7)
-fig.suptitle("Digits, two seeds (thin) of 80 images: everything over w", x=0.01, ha="left")
+label(axes[0, 0], 3.45, plain["text"]["frechet"].mean(), "no guidance", "#555555", ha="right")
 plt.show()
 if not QUICK:
     for name in ("CFG", "I-ERG"):  # with one word, guidance raises prompt accuracy: at every w, on each seed
         assert all((point["prompt"] > plain["class"]["prompt"]).all() for point in curves["class", name][1:])
     for a, b in zip(curves["text", "CFG"][1:], curves["text", "ERG"][1:]):  # full caption: CFG is ahead of ERG
         assert a["density"].mean() > b["density"].mean() and a["coverage"].mean() > b["coverage"].mean()
-    assert all(points[-1]["frechet"].mean() > points[1]["frechet"].mean() for points in curves.values())  # w = 3
+    assert all(points[-1]["frechet"].mean() > points[1]["frechet"].mean() for points in curves.values())  # large w
     assert (curves["unconditional", "I-ERG"][1]["frechet"] < plain["unconditional"]["frechet"]).all()  # I-ERG helps
 
 # %% [markdown]
 # With a full caption the model is right in 94 % of samples without guidance, so there is little to mend, and **CFG is ahead of
 # ERG** in density (0.954 against 0.944 at w = 1.5, 0.790 against 0.726 at w = 3) and coverage at every w. With one word there is
-# more to gain: accuracy rises from 84 % to 97 % at w = 1.5, and there CFG and I-ERG, with the null prompt in its negative, are
+# more to gain: accuracy rises from 84 % to at least 96 % at w = 1.5, and there CFG and I-ERG, with the null prompt in its negative, are
 # level in Frechet distance (5.77 and 5.78, from 6.74); at w = 3 CFG harms less. (The larger test in
 # [Table 3](../experiments/results/table3.md) has I-ERG ahead in Frechet distance, but there each method is at its own best w.)
 # Without a caption CFG does not exist, and I-ERG takes the Frechet distance from 11.1 to 9.6 at w = 1.25, on both seeds; at
-# w = 2 it is at 12.6, worse than nothing. The Frechet distance turns up again in every row: more w is not more quality.
+# w = 2 it is at 12.6, worse than nothing. The Frechet distance turns up in every row, with a full caption from the start: more
+# w is not more quality.
 #
 # Next the temperatures, with one word and w = 2: C-ERG alone over tau_c, and I-ERG alone over tau_i, whose negative has the
 # same word and no null prompt. **Predict**: tau > 1 makes the "weak" attention *sharper*. Will that raise prompt accuracy less,
-# leave it, or lower it? And which has the longer lever, tau_c or tau_i?
+# leave it, or lower it? Is its prediction weaker than the strong one at all? And which has the longer lever, tau_c or tau_i?
 
 # %%
 TAUS = [0.01, 10.0] if QUICK else [0.01, 0.3, 10.0]
-levers = {"C-ERG: tau_c": [measure("class", "erg", w=2.0, tau_c=tau) for tau in TAUS],
-          "I-ERG: tau_i": [measure("class", "erg", w=2.0, negative="same", **{**I_ERG, "tau": tau}) for tau in TAUS]}
-fig, axes = plt.subplots(1, 4, figsize=(10.4, 3))
+parts = {"C-ERG: tau_c": [measure("class", "erg", w=2.0, tau_c=tau) for tau in TAUS],
+         "I-ERG: tau_i": [measure("class", "erg", w=2.0, negative="same", **{**I_ERG, "tau": tau}) for tau in TAUS]}
+fig, axes = plt.subplots(1, 3, figsize=(10, 3.6))
 for ax, (metric, heading) in zip(axes, METRICS.items()):
-    ax.axhline(plain["class"][metric].mean(), color=COLOURS["no guidance"], ls="--", lw=1.2)
-    ends = {}
-    for name, points in levers.items():
-        x = [*TAUS[:-1], 1.0, TAUS[-1]]  # tau = 1 is no guidance
-        values = torch.stack([p[metric] for p in [*points[:-1], plain["class"], points[-1]]])  # (tau, seeds)
-        ends[name] = values[-1].mean().item()
-        ax.plot(x, values, color=COLOURS[name[:5]], lw=0.6, alpha=0.6)
-        ax.plot(x, values.mean(1), color=COLOURS[name[:5]], lw=2.2)
-    name_lines(ax, 12, ends)
-    ax.set(title=heading, xlabel="tau", xscale="log", xlim=(0.007, 900))
+    with_off = {name: [*points[:-1], plain["class"], points[-1]] for name, points in parts.items()}  # tau = 1: off
+    draw_lines(ax, [*TAUS[:-1], 1.0, TAUS[-1]], metric, with_off, plain["class"])
+    ax.set(title=heading, xlabel="tau", xscale="log", xlim=(0.008, 1000))
     ax.set_xticks([0.01, 0.1, 1, 10], ["0.01", "0.1", "1", "10"])
     ax.minorticks_off()
-label(axes[-1], 0.01, plain["class"]["prompt"].mean(), "no guidance", "#555555", fontsize=7)
+label(axes[-1], 0.01, plain["class"]["prompt"].mean(), "no guidance", "#555555")
 fig.suptitle("Digits, one word, w = 2: each part alone over its temperature", x=0.01, ha="left")
 plt.show()
-for name, points in levers.items():
-    print(name, "prompt accuracy", *(f"{tau:g}: {p['prompt'].mean():.3f}" for tau, p in zip(TAUS, points)))
-    flat, off, sharp = (p["prompt"].mean() for p in (points[0], plain["class"], points[-1]))
-    assert QUICK or flat > off > sharp  # flat attention helps, sharp attention harms
-assert QUICK or (levers["C-ERG: tau_c"][0]["prompt"] > levers["I-ERG: tau_i"][0]["prompt"]).all()
+x_t, target, change = (noise + images) / 2, images - noise, {}  # figure 2's digits, at t = 0.5
+v = digits(x_t, 0.5, condition)
+for tau in (0.01, 10.0):
+    with erg.rectify(digits, tau=tau, layers=[1], queries=slice(0, 16)):
+        change[tau] = digits(x_t, 0.5, condition) - v
+    print(f"tau_i = {tau:g}: {rms(v + change[tau], target)**2 / rms(v, target)**2:.2f} times the strong error")
+cosine = torch.cosine_similarity(change[0.01].flatten(1), change[10.0].flatten(1)).mean()
+print(f"cosine of the two changes of v: {cosine:.2f}")
+assert rms(v + change[10.0], target) > rms(v, target) and cosine < -0.1  # sharp: weaker, too, but elsewhere
+for name, points in parts.items():
+    flat, off, sharp = (p["prompt"] for p in (points[0], plain["class"], points[-1]))
+    assert QUICK or (flat > off).all() and (off > sharp).all()  # flat helps, sharp harms, on each seed
+assert QUICK or (parts["C-ERG: tau_c"][0]["prompt"] > parts["I-ERG: tau_i"][0]["prompt"]).all()
 
 # %% [markdown]
 # Flat attention raises accuracy from 0.837 to 0.994 (tau_c) and 0.919 (tau_i, one layer of eight); sharp attention *lowers* it to
-# 0.819 and 0.812. A sharper model is not a weaker one, so the contrast points the other way. tau_c has the longer lever, since
-# the caption decides the digit. tau_i needs no null prompt: its negative has the same word. Between 0.01 and 0.3 little happens.
+# 0.819 and 0.812: few images, but on both seeds. By the measure of figure 2 the sharp prediction is a weak one, too. To be worse
+# than the strong one is not enough: it is worse in another direction (the cosine is negative), so the contrast points the wrong
+# way. tau_c has the longer lever, since the caption decides the digit. tau_i needs no null prompt: its negative has the same
+# word. Between 0.01 and 0.3 little happens.
 #
 # **Predict**: now the layers. Below is the Frechet distance of I-ERG on each of the 36 ranges of layers, divided by that
 # of no guidance: blue is better, red is worse. Where will the worst ranges be: early, in the middle, or late? And is a wide
@@ -406,7 +412,7 @@ if not QUICK:
 # | class-conditional | one word | null prompt | null prompt or the same word, with weak attention from kappa on |
 # | unconditional | nothing | none: it would be the same prediction | the same prediction, with weak attention from kappa on |
 #
-# **Predict**: how many evaluations of the model does each need a step, on average? Where does CFG need two and ERG fewer?
+# **Predict**: how many evaluations of the model does each need a step, on average (the grey number)? Where does CFG need two and ERG fewer?
 
 # %%
 PAIRS = ["red {} on blue", "white {} on green", "yellow {} on black", "green {} on red", "purple {} on black"]
@@ -416,17 +422,17 @@ off, cfg = {"no guidance": ("none", {})}, {"CFG": ("cfg", dict(w=2.0))}
 shows = {"full caption": {**off, **cfg, "ERG": ("erg", dict(w=2.0))},
          "one word": {**off, **cfg, "I-ERG": ("i-erg", dict(w=2.0, negative="null"))},
          "no caption": {**off, "I-ERG": ("i-erg", dict(w=1.5, layers=(3, 5), negative="same"))}}
-evaluations, steps, nfe = [], 3 if QUICK else 25, {}
+evaluations, steps, nfe = [], 2 if QUICK else 25, {}
 counter = mnist.register_forward_pre_hook(lambda module, args: evaluations.append(len(args[0])))
-fig, axes = plt.subplots(3, 1, figsize=(9, 7.6), gridspec_kw=dict(height_ratios=[3, 3, 2]))
+fig, axes = plt.subplots(3, 1, figsize=(10, 9), gridspec_kw=dict(height_ratios=[3, 3, 2]))
 for ax, (task, methods) in zip(axes, shows.items()):
     rows = {}
     for name, (method, flags) in methods.items():
         evaluations.clear()
         rows[name] = generate(mnist, prompts[task], guidance_settings(method, RECIPE, **flags), steps, seed=1)
         nfe[task, name] = sum(evaluations) / (10 * steps)
-    sheet(ax, rows, prompts[task], notes=[f"{nfe[task, name]:.2f} evaluations a step" for name in rows])
-    ax.set_title(task, pad={"full caption": 36, "one word": 20}.get(task, 6), fontweight="bold")
+    sheet(ax, rows, prompts[task], notes=[f"{nfe[task, name]:.2f} a step" for name in rows])
+    ax.set_title(task, pad={"full caption": 44, "one word": 22}.get(task, 6), fontweight="bold")
 counter.remove()
 plt.show()
 assert nfe["full caption", "CFG"] == nfe["full caption", "ERG"] == nfe["one word", "I-ERG"] == 2
@@ -439,7 +445,7 @@ assert rms(nothing, useless) < 1e-5  # CFG with an empty caption is no guidance:
 # %% [markdown]
 # CFG and ERG cost 2 evaluations a step, in one batch. Unconditional I-ERG costs 2 - kappa: before kappa the negative equals the
 # positive, so `erg.Guidance` skips it (1.76 with 25 steps, of which 19 lie behind 0.2). CFG with an empty caption *is* no
-# guidance. In the pictures, CFG mends the yellow two that ERG leaves broken; with one word both mend the four and the eight;
+# guidance. In the pictures CFG mends the yellow two that ERG leaves broken; with one word both mend the four and the eight;
 # without a caption I-ERG closes strokes, but what is no digit stays none.
 #
 # ## 5. Your turn
@@ -451,73 +457,92 @@ assert rms(nothing, useless) < 1e-5  # CFG with an empty caption is no guidance:
 # right and down, to sharp attention?
 
 # %%
-def draw(ax, tau_i, w, caption, layers):
+def pictures_of(tau_i, w, caption, layers):
     first, end = map(int, layers.split(":"))
     settings = guidance_settings("i-erg", RECIPE, tau_i=tau_i, w=w, layers=(first, end), negative="same")
-    pictures(ax, coarse(generate(mnist, [caption] * 4, settings, 3 if QUICK else 12, seed=6)), columns=2)
+    return generate(mnist, [caption] * 4, settings, 2 if QUICK else 12, seed=6)
+
+
+def draw(ax, **knobs):
+    pictures(ax, pictures_of(**knobs), columns=2)
 
 
 choices = dict(tau_i=[0.0, 0.1, 0.5, 4.0], w=[1.0, 2.0, 4.0, 7.0], caption=["", "a three", "a red three on blue"],
                layers=["0:1", "1:3", "2:4", "5:8"])
 shown_here = explore(draw, size=1.6, **({**choices, "tau_i": [0.1], "w": [1.0, 4.0]} if QUICK else choices))
+yellow = lambda tau_i, w: (pictures_of(tau_i, w, "a three", "2:4")[:, :2].amin(1) > 0).float().mean().item()
+thick, usual, sharp = yellow(0.0, 4.0), yellow(0.5, 1.0), yellow(4.0, 4.0)  # w = 1 is off, at any tau_i
+print(f"share of yellow pixels: tau_i = 0, w = 4: {thick:.3f}; w = 1: {usual:.3f}; tau_i = 4, w = 4: {sharp:.3f}")
+assert QUICK or thick > 1.5 * usual and sharp < 0.7 * thick
 
 # %% [markdown]
-# Flat attention and large w thicken the strokes until they fill; sharp attention thins them until they break. Between them
-# tau_i = 0.5 does half of it. The digit itself changes rarely: what I-ERG moves is structure, not meaning.
+# Flat attention and large w thicken the strokes until they fill. Sharp attention does not mend them: they stay about as thin as
+# without guidance (printed), and at w = 7 one of them breaks. tau_i = 0.5 thickens less. In this grid the digit itself stays: what
+# I-ERG moves is structure, not meaning.
 #
 # ## 6. Layers and kappa without a search
 #
-# Is there a way to choose layers without trying all 36 ranges? Figures 2 and 6 say what to avoid: an effect that grows towards
-# the end. `layer_effects` measures how far rectifying a range moves the velocity (orthogonally to it) at t = 0.3 and at t = 0.9;
-# `fading_layers` takes, of the ranges below the diagonal, the one with the largest early effect. For kappa, `parallel_end`
-# looks for the t at which the part of CFG's difference along the velocity has died: from there on only directions are left.
+# Is there a way to choose layers without trying all 36 ranges? Figure 2 and the triangles of section 3 say what to avoid: an
+# effect that grows towards the end. `layer_effects` measures how far rectifying a range moves the velocity (orthogonally to it)
+# at t = 0.3 and at t = 0.9; `fading_layers` takes, of the ranges below the diagonal, the one with the largest early effect. For
+# kappa, `parallel_end` looks for the t at which the part of CFG's difference along the velocity has died: from there on only
+# directions are left.
 #
 # **Predict**: colours are the mean ranks of all 36 ranges over six metrics, from
 # [the committed results](../experiments/results/suggest.md). Will the good ranges lie left, right, low or high?
 
 # %%
 results = json.loads((ROOT / "experiments/results/suggest.json").read_text())["checkpoints"]
-fig, axes = plt.subplots(1, 3, figsize=(10.6, 3.8))
+fig, axes = plt.subplots(1, 3, figsize=(11, 4))
 for ax, name in zip(axes, ("digits", "mnist")):
     model, noise, _, condition, null = runs.small_batch(name, *((8, 77) if QUICK else entries.BATCH))
     image = slice(0, model.side**2)
-    effects = diagnostics.layer_effects(model, noise, condition, queries=image, longest=1 if QUICK else None)
+    smaller = dict(longest=1, steps=10) if QUICK else {}
+    effects = diagnostics.layer_effects(model, noise, condition, queries=image, **smaller)
     early, late = [e.early for e in effects], [e.late for e in effects]
     ranks = [results[name]["ranks"][f"{e.layers.start}:{e.layers.stop}"] for e in effects]
     ax.scatter(early, late, c=ranks, cmap="cividis_r", s=48, vmin=5, vmax=32, edgecolor="white", lw=0.5)
     ax.plot([0.028, 1.5], [0.028, 1.5], ls=":", color="#888888", lw=1)
-    rules = {"our rule": diagnostics.fading_layers(effects), "recipe": range(*RECIPES[name].layers), "3:5": range(3, 5)}
+    rules = {"our rule": diagnostics.fading_layers(effects), "recipe": range(*RECIPES[name].layers),
+             "middle third": range(3, 5)}
     for e in effects:
         text = ", ".join(rule for rule, layers in rules.items() if layers == e.layers)
-        offset = (-36, 16) if text == "3:5" else (16, -20)
-        ax.annotate(text, (e.early, e.late), offset, textcoords="offset points", fontweight="bold", fontsize=8,
+        offset = (-60, 16) if text == "middle third" else (16, -20)
+        ax.annotate(text, (e.early, e.late), offset, textcoords="offset points", fontweight="bold",
                     arrowprops=dict(arrowstyle="-", color="#666666", lw=0.8) if text else None)
     ax.set(xscale="log", yscale="log", xlabel="effect at t = 0.3", title=f"{name}: dark is bad")
     ax.set_ylabel("effect at t = 0.9")
-    t, parallel, orthogonal = diagnostics.difference_norms(model, noise, condition, erg.ERG(w=1.5), null, steps=25)
+    t, parallel, orthogonal = diagnostics.difference_norms(model, noise, condition, erg.ERG(w=1.5), null,
+                                                           steps=5 if QUICK else 25)
     kappa = diagnostics.parallel_end(t, parallel, orthogonal)
     kappa = kappa and round(kappa, 2)
     axes[2].plot(t, parallel / parallel.max(), color="#222222", ls="-" if name == "mnist" else "--")
     says = f"{name}: {kappa:.2f}" if kappa else f"{name}: none"
-    label(axes[2], *((0.34, 0.165) if kappa else (0.42, 0.45)), says, fontsize=8)
+    label(axes[2], *((0.34, 0.165) if kappa else (0.42, 0.45)), says)
     follows = entries.rank_correlation(late, ranks)
     placed = results[name]["placed"]
-    first, second = (placed[rule].get("position") for rule in ("our rule (fading effect)", "B.2's rule for kappa"))
+    ours, middle, nearest = (placed[rule].get("position") for rule in ("our rule (fading effect)", "the middle third",
+                                                                       "B.2's rule for kappa"))
     print(f"{name}: rank correlation of late effect and mean rank {follows:.2f}; our rule {rules['our rule']}, "
-          f"number {first} of 36; kappa", f"{kappa}, its neighbour is number {second} of 5" if kappa else "not found")
-    assert QUICK or (follows > 0.8 and first <= 6)  # low is good
+          f"number {ours} of 36; the middle third, number {middle} of 36;",
+          f"kappa {kappa}, its neighbour is number {nearest} of 5" if kappa else "kappa not found")
+    ranked = range(*map(int, placed["our rule (fading effect)"]["label"].split(":")))
+    assert QUICK or (follows > 0.8 and rules["our rule"] == ranked)  # low is good; it is the range that was ranked
 axes[2].axhline(0.1, color="#888888", ls=":", lw=1)
-axes[2].set(xlabel="t (0 = noise)", title="kappa: CFG's difference along v, over its peak", ylim=(0, 1.02))
+axes[2].set(xlabel="t (0 = noise)", title="kappa: CFG's difference along v,\nover its peak", ylim=(0, 1.02))
 plt.show()
-print("fading_layers:", " ".join(diagnostics.fading_layers.__doc__.split()[-27:]))
+claims = (ROOT / "experiments/results/CLAIMS.md").read_text()
+print(next(line for line in claims.splitlines() if line.startswith("**undecided**")))
 
 # %% [markdown]
 # Low is good: the late effect orders the ranges (rank correlation 0.94 and 0.92). This is our reading of why late layers harm:
 # guidance multiplies an error at a time when no later step can mend it.
 #
 # **How far to trust the rule**: on the two checkpoints that it was formed on, its range is number 2 and 6 of 36. On two that it
-# had not seen, the early checkpoints, it is number 8 and 32: **a range to try, not an answer**. The kappa rule says 0.32 on MNIST,
-# whose nearest neighbour in the committed grid is number 4 of 5, and nothing on the digits.
+# had not seen, early checkpoints of both data sets (README), it is number 8 and 32: **a range to try, not an
+# answer**. The middle third, where `erg.attention_calls` says to begin, is number 21 on the digits and number 2 on MNIST: there
+# it is better than our rule. The kappa rule says 0.32 on MNIST, whose nearest neighbour in the committed grid is number 4 of 5,
+# and nothing on the digits.
 #
 # ## What did not work
 #
@@ -527,7 +552,7 @@ print("fading_layers:", " ".join(diagnostics.fading_layers.__doc__.split()[-27:]
 #   models. ERG's use here is where there is no null prompt: without a caption, or with one word and the same in the negative.
 # - **Large w without a caption.** I-ERG's gain at w = 1.25 is gone at w = 2 (Frechet distance 12.6 against 11.1 for nothing).
 # - **tau above 1.** Contrast with sharper attention costs accuracy (0.819 and 0.812 against 0.837).
-# - **The middle layers.** On the digits the weak prediction of 3:5 has 5.6 times the strong one's error at t = 0.9.
+# - **The middle layers on the digits.** The weak prediction of 3:5 has 5.6 times the strong one's error at t = 0.9.
 # - **Small samples.** Two seeds of 80 images decide large gaps only. The committed tables have five, and 36 of their 112
 #   claims are still undecided.
 #
