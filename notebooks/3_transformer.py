@@ -29,7 +29,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-REPOSITORY, COMMIT = "", ""
+REPOSITORY, COMMIT = "", "14cb55e7723778ecfc748a9c8b73feb7b78d2dfd"
 ROOT = next((p for p in (Path.cwd(), *Path.cwd().parents, Path("erg-guidance").resolve()) if (p / "notebooks/drawing.py").is_file()), None)
 if ROOT is None:
     if not REPOSITORY:

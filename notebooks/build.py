@@ -1,6 +1,6 @@
 """Run the notebooks' sources (NAME.py) and write them, with their figures, to NAME.ipynb.
 
-    python notebooks/build.py                 # all four, in full: about 6 minutes on two CPU cores
+    python notebooks/build.py                 # all four, in full: about 3 minutes on two CPU cores
     python notebooks/build.py 3_transformer   # one
     python notebooks/build.py --stamp --repository https://...    # what a reader elsewhere (Colab) fetches
 
