@@ -992,8 +992,15 @@ def guided_negative(student, seed):
 
 
 # ------------------------------------------------------------------------------------------------
-# Exercise 7: the sampler. No slow specification: these velocities have a flow in closed form
+# Exercise 7: the sampler. Most of these velocities have a flow in closed form
 # ------------------------------------------------------------------------------------------------
+
+
+def slow_sample(velocity, x, steps, done=0):
+    """The path of one number, from t = done/steps on: where it is, then one step, and the path from there."""
+    if done == steps:
+        return [x]  # at t = 1
+    return [x] + slow_sample(velocity, x + velocity(x, done / steps) / steps, steps, done + 1)
 
 
 def expect_sample(student, told, velocity, noise, expected, read, **options):
@@ -1042,10 +1049,14 @@ def sample_times(student, seed):
 @check(7, 1, "the trajectory has all of x, the noise first")
 def sample_trajectory(student, seed):
     noise, rate = draw(seed + 3, (2, 1))[0], number(seed, 0.5, 1.5)
-    path = torch.stack([noise * (1 + rate / 3) ** i for i in range(4)])
-    expect_sample(student, f"{rate} * x", lambda x, t: rate * x, noise, path,
-                  "the docstring: x at t = 0, 1/steps, ..., 1, of shape (steps + 1, B, ...); each step multiplies x by "
-                  f"1 + {rate}/steps here", steps=3, trajectory=True)
+
+    def velocity(x, t):
+        return rate * x + t
+
+    path = torch.tensor([slow_sample(velocity, x, 3) for x in noise.flatten().tolist()]).T[..., None]  # (4, B, 1)
+    expect_sample(student, f"{rate} * x + t", velocity, noise, path,
+                  "the docstring: x at t = 0, 1/steps, ..., 1, of shape (steps + 1, B, ...); here the first step goes "
+                  f"from x to x + ({rate} * x + 0)/3, the second adds 1/3 to the velocity", steps=3, trajectory=True)
 
 
 @check(7, 1, "the error falls as 1/steps")
