@@ -82,8 +82,8 @@ def drop_words(tokens, caption=0.1, word=0.1, generator=None):
     It teaches the null prompt that CFG needs, and prompts that lack words.
     """
     B, L = tokens.shape
-    keep = torch.rand(B, L, generator=generator) >= word
-    keep &= torch.rand(B, 1, generator=generator) >= caption
+    keep = torch.rand(B, L, generator=generator, device=tokens.device) >= word
+    keep &= torch.rand(B, 1, generator=generator, device=tokens.device) >= caption
     tokens = tokens * keep
     order = (tokens == 0).to(torch.uint8).argsort(dim=1, stable=True)  # words first, pads last
     return tokens.gather(1, order)

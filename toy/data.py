@@ -34,7 +34,8 @@ PAPERS = {"black": (0.0, 0.0, 0.0), "red": (0.35, 0.0, 0.0), "green": (0.0, 0.25
 # Dark papers: bright ones would dominate the loss, and the digits would be learned late.
 
 SHIPPED = Path(__file__).resolve().parent.parent / "data"
-NAMES = ("digits", "mnist", "cifar10")
+SIZES = {"digits": 8, "mnist": 28, "cifar10": 32}  # pixels a side
+NAMES = tuple(SIZES)
 
 # ------------------------------------------------------------------------------------------------
 # Images with captions
