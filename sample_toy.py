@@ -62,7 +62,7 @@ def sample_prompt(options, given):
     picture = Path(options.picture or Path(options.out) / f"{method}.png")
     settings = ", ".join(f"{name} = {value}" for name, value in parameters.items())
     columns = [f"seed {options.seed}"] + [""] * (options.count - 1)
-    draw_grid({METHODS[method].label: images}, columns, picture, f"“{options.prompt}”, {settings}".rstrip(", "))
+    draw_grid({METHODS[method].label: images}, columns, picture, f"“{options.prompt}” {settings}")
     print(f"{path}: {options.count} images of {options.prompt!r} by {method}, {settings} -> {picture}")
     return images
 
