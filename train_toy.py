@@ -288,8 +288,9 @@ class Job:
         self.options, self.recipe = options, RECIPES[options.dataset]
         self.folder, self.device = Path(options.out), device
         self.path = self.folder / f"{options.dataset}-training.pt"
-        data.write_whole(self.path.with_suffix(".try"), lambda file: None)  # an unwritable folder shows now
-        self.path.with_suffix(".try").unlink()
+        if main_process():  # an unwritable folder shows now
+            data.write_whole(self.folder / ".writable", lambda file: None)
+            (self.folder / ".writable").unlink()
         self.images, self.held_out = (data.load(options.dataset, options.data_dir, split)
                                       for split in ("train", "test"))
         config = Config(vocabulary=self.images.vocabulary, **self.recipe.model)

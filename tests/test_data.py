@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from experiments import data
+from toy import data
 
 BODY = bytes(range(256)) * 1000
 RECORDS = np.random.default_rng(0).integers(0, 256, (12, 3073), np.uint8)
