@@ -420,8 +420,8 @@ def check(options, world):
         raise ValueError(f"minutes={options.minutes} and iterations={options.iterations} exclude each other")
     if not 0 <= options.ema < 1:
         raise ValueError(f"ema={options.ema!r} must be at least 0 and less than 1")
-    if options.save_every < 0:
-        raise ValueError(f"save_every={options.save_every!r} must be at least 0")
+    if options.save_every < 0 or options.save_every % LOG_EVERY:
+        raise ValueError(f"save_every={options.save_every!r} must be a multiple of {LOG_EVERY}, or 0")
     if options.samples < 6:
         raise ValueError(f"samples={options.samples!r} must be at least 6: the metrics look at 5 neighbours")
     if options.batch % world:
@@ -446,6 +446,7 @@ def main(**given):
         options.compile = device.type == "cuda"
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")
+        torch.backends.cudnn.benchmark = True
     if world > 1:
         if device.type == "cuda":
             torch.cuda.set_device(device)

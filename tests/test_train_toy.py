@@ -223,7 +223,7 @@ def test_faults_show_before_the_training(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("wrong, message", [
     (dict(iterations=0), "iterations=0"), (dict(batch=0), "batch=0"), (dict(steps=0), "steps=0"),
-    (dict(ema=1.5), "ema=1.5"), (dict(save_every=-1), "save_every=-1"), (dict(samples=5), "samples=5"),
+    (dict(ema=1.5), "ema=1.5"), (dict(save_every=7), "save_every=7"), (dict(samples=5), "samples=5"),
     (dict(minutes=0.0), "minutes=0.0"), (dict(minutes=1.0, iterations=5), "minutes=1.0 and iterations=5"),
 ])
 def test_bad_numbers_show_before_the_training(tmp_path, wrong, message):
@@ -254,7 +254,8 @@ def test_cifar10_trains_from_official_files(tmp_path):
     with pytest.MonkeyPatch.context() as patch:
         small = dict(image_size=32, patch=8, width=16, depth=6, heads=2)
         patch.setitem(train_toy.RECIPES, "cifar10", dataclasses.replace(train_toy.RECIPES["cifar10"], model=small))
-        options = dict(dataset="cifar10", data_dir=str(tmp_path), out=str(tmp_path / "out"), **SMALL)
+        options = dict(dataset="cifar10", data_dir=str(tmp_path), out=str(tmp_path / "out"),
+                       **{**SMALL, "classifier_iterations": 1})
         table = train_toy.main(iterations=20, **options)
         assert train_toy.main(iterations=20, resume=True, **options) == table
     _, classifier, *_ = load_checkpoint(tmp_path / "out" / "cifar10.pt")

@@ -238,7 +238,7 @@ def train_classifier(images, network="plain", iterations=1000, seed=0, device="c
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    return model.eval()
+    return model.to(memory_format=torch.contiguous_format).eval()
 
 
 @torch.no_grad()

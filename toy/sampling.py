@@ -78,7 +78,7 @@ def load_checkpoint(path, device="cpu"):
     model.load_state_dict(state["model"])
     classifier = AttributeClassifier(state["classes"], state.get("network", "plain")).to(device)
     classifier.load_state_dict(state["classifier"])
-    return model.eval(), classifier.eval(), state["reference"].float(), state["notes"]
+    return model.eval(), classifier.eval(), state["reference"].float().cpu(), state["notes"]
 
 
 # ------------------------------------------------------------------------------------------------
