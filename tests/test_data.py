@@ -133,14 +133,6 @@ def test_a_bad_reply_is_one_data_error(web, tmp_path, reply, fault):
     assert fault in str(error.value) and tree(tmp_path) == [] and time.monotonic() - start < 5
 
 
-def test_no_network_is_one_data_error(dead, tmp_path):
-    """With no mirror in reach, one DataError names them and says what to do, and no file is left."""
-    with pytest.raises(data.DataError, match="by hand") as error:
-        data.fetch("file.bin", tmp_path, source(dead, dead + "second/"))
-    assert f"{dead}file.bin" in str(error.value) and f"{dead}second/file.bin" in str(error.value)
-    assert tree(tmp_path) == []
-
-
 @pytest.mark.parametrize("folder", ["taken", "taken/deeper", "x" * 300], ids="file below-file long-name".split())
 def test_an_impossible_folder_is_a_data_error(web, tmp_path, folder):
     """Where no folder can be made, the DataError mentions --data-dir, and no mirror is asked."""

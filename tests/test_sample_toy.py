@@ -1,4 +1,4 @@
-"""sample_toy.py and toy/sampling.py: every method and parameter from the command line, and the shipped weights."""
+"""sample_toy.py and toy/sampling.py: every method and parameter, and the shipped weights."""
 import os
 import re
 import subprocess
@@ -37,7 +37,8 @@ def test_every_mechanism_changes_the_picture(checkpoint, tmp_path):
     """Each parameter, method, seed and prompt changes the sample, and gives the same again."""
     changes = [dict(), dict(w=3.0), dict(tau_i=0.5), dict(tau_c=0.5), dict(alpha=0.8), dict(gamma=1.5),
                dict(tau_i=0.5, K=2), dict(kappa=0.6), dict(layers=range(4, 6)), dict(seed=1),
-               dict(method="i-erg", negative="same"), *(dict(method=name) for name in METHODS if name != "erg")]
+               dict(method="i-erg", negative="same"),
+               *(dict(method=name) for name in METHODS if name != "erg")]
     results = [draw(checkpoint, tmp_path, **change) for change in changes]
     for i, a in enumerate(results):
         assert torch.equal(a, draw(checkpoint, tmp_path, **changes[i]))
@@ -72,11 +73,12 @@ def test_compare_tables_every_method(checkpoint, tmp_path, capsys):
 
 def test_the_command_line_speaks_clearly(checkpoint, tmp_path):
     """A wrong word names the vocabulary, a missing checkpoint those that exist, a wrong range its form."""
-    for arguments, message in ((["--prompt", "a pink seven", "--checkpoint", checkpoint], "unknown word 'pink'"),
-                               (["--prompt", "seven", "--checkpoint", "nowhere.pt"], "'nowhere.pt' does not exist"),
-                               (["--prompt", "seven", "--layers", "5:3"], "must be FIRST:END")):
-        done = subprocess.run([sys.executable, ROOT / "sample_toy.py", *arguments, "--out", tmp_path],
-                              capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    for arguments, message in ((["a pink seven", "--checkpoint", checkpoint], "unknown word 'pink'"),
+                               (["seven", "--checkpoint", "nowhere.pt"], "'nowhere.pt' does not exist"),
+                               (["seven", "--layers", "5:3"], "must be FIRST:END")):
+        command = [sys.executable, ROOT / "sample_toy.py", "--out", tmp_path, "--prompt", *arguments]
+        alone = {**os.environ, "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(command, capture_output=True, text=True, env=alone)
         assert done.returncode != 0 and message in done.stderr and "Traceback" not in done.stderr
 
 
@@ -112,7 +114,8 @@ def test_cads_anneals_the_positive_alone(checkpoint):
     model.register_forward_pre_hook(lambda module, args: seen.append(args[2]))
     with torch.no_grad():
         guidance(model, x, 0.0, condition)
-    assert len(seen) == 1 and torch.equal(seen[0][1:], condition) and not torch.allclose(seen[0][:1], condition)
+    assert len(seen) == 1 and torch.equal(seen[0][1:], condition)
+    assert not torch.allclose(seen[0][:1], condition)
 
 
 def test_digits_and_mnist_are_shipped():
@@ -123,7 +126,7 @@ def test_digits_and_mnist_are_shipped():
 
 @pytest.mark.parametrize("name", [name for name in SHIPPED if not name.endswith("-early")])
 def test_shipped_weights_draw_what_the_prompt_says(name):
-    """Unguided samples of the shipped model show the prompt to its own classifier; CFG shows it more often."""
+    """Unguided samples show the prompt to the shipped classifier; with CFG they show it more often."""
     model, classifier, reference, _ = load_checkpoint(WEIGHTS / f"{name}.pt")
     words = data.OBJECTS if name == "cifar10" else data.DIGITS
     labels = torch.arange(40) % 10

@@ -49,7 +49,8 @@ def equal(a, b):
 
 
 def same_training(a, b):
-    return all(equal(a[key], b[key]) for key in ("step", "curve", "model", "average", "optimizer", "early", "settings"))
+    keys = ("step", "curve", "model", "average", "optimizer", "early", "settings")
+    return all(equal(a[key], b[key]) for key in keys)
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +66,7 @@ def finished(tmp_path_factory):
 
 
 def test_the_whole_job_writes_everything(finished):
-    """One call trains, compares and writes weights, an early model, pictures and figures that hold what the table says."""
+    """One call trains, compares and writes weights, an early model, pictures and the table."""
     out, table = finished
     assert set(table) == {"held out", "no guidance", "CFG", "ERG"}
     for row in table.values():
@@ -99,16 +100,18 @@ def test_ema_is_the_average_of_the_weights(tmp_path, monkeypatch):
     def record(averages, models, weight):
         before = averages[0].clone()
         original(averages, models, weight)
-        seen.append(((before + weight * (models[0].detach() - before) - averages[0]).abs().max().item(), weight))
+        expected = before + weight * (models[0].detach() - before)
+        seen.append(((expected - averages[0]).abs().max().item(), weight))
 
     monkeypatch.setattr(torch, "_foreach_lerp_", record)
     train_toy.main(iterations=20, out=str(tmp_path), ema=0.6, **SMALL)
     assert len(seen) == 20 and max(error for error, _ in seen) < 1e-6
-    assert [weight for _, weight in seen] == pytest.approx([1 - min(0.6, (i + 1) / (i + 10)) for i in range(20)])
+    expected = [1 - min(0.6, (i + 1) / (i + 10)) for i in range(20)]
+    assert [weight for _, weight in seen] == pytest.approx(expected)
 
 
 def test_learning_rate():
-    """Constant, then down over the last 40 %, after a linear warm-up of 100 steps; without an end it stays."""
+    """A linear warm-up of 100 steps, then constant, then down over the last 40 %; without an end it stays."""
     rates = [train_toy.learning_rate(step, 1000, 2.0) for step in (0, 49, 100, 600, 800, 999)]
     assert rates == pytest.approx([0.02, 1.0, 2.0, 2.0, 1.0, 0.005])
     assert train_toy.learning_rate(10**6, math.inf, 2.0) == 2.0
@@ -135,13 +138,14 @@ def test_every_training_option_bites(tmp_path, monkeypatch):
 
 def test_batches_hold_what_the_recipe_says():
     """A batch is a function of seed and step; a tenth of the captions is null and a tenth the class alone."""
-    images = dataclasses.replace(data.load("digits"), name="cifar10", attributes={"object": tuple(data.OBJECTS)})
+    images = data.load("digits")
+    images.name, images.attributes = "cifar10", {"object": tuple(data.OBJECTS)}
     images.pixels = torch.arange(8, dtype=torch.uint8).expand(len(images), 3, 8, 8)  # brighter to the right
     config = Config(vocabulary=images.vocabulary)
     tables = train_toy.caption_tables(images, config)
     draw = lambda step: train_toy.draw_batch(images, tables, train_toy.RECIPES["cifar10"], 4000, 0, step)
     x, tokens, t, noise = draw(3)
-    assert all(torch.equal(a, b) for a, b in zip(draw(3), (x, tokens, t, noise))) and not torch.equal(draw(4)[0], x)
+    assert equal(draw(3), (x, tokens, t, noise)) and not torch.equal(draw(4)[0], x)
     assert (tokens == 0).all(1).double().mean().item() == pytest.approx(0.1, abs=0.02)
     alone = tokenize([f"a {word}" for word in data.OBJECTS], config)
     share = (tokens[:, None] == alone).all(2).any(1).double().mean().item()
@@ -151,7 +155,7 @@ def test_batches_hold_what_the_recipe_says():
 
 
 def test_kill_at_any_moment_and_resume(finished, tmp_path):
-    """After two kill -9 and two --resume, weights, optimizer and loss are the undisturbed run's, bit for bit."""
+    """After two kill -9 and two --resume, weights, optimizer and loss are those of an undisturbed run."""
     arguments = [*flags(iterations=60, out=tmp_path, **SMALL)]
     for kill_at in (10, 30):
         process = subprocess.Popen(**command(*arguments, *(["--resume"] if kill_at > 10 else [])),
@@ -191,7 +195,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(finished, tmp_path, monkeypatch, cap
 
 
 def test_two_processes_are_one(finished, tmp_path):
-    """Two gloo processes with the same global batch have the loss curve and weights of one, within rounding."""
+    """Two gloo processes with the same global batch have the loss and weights of one, within rounding."""
     run = command(*flags(iterations=60, out=tmp_path, **SMALL))
     run["args"][1:1] = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     done = subprocess.run(**run, capture_output=True, text=True, timeout=200)
@@ -253,14 +257,15 @@ def test_cifar10_trains_from_official_files(tmp_path):
         (folder / name).write_bytes(records.numpy().tobytes())
     with pytest.MonkeyPatch.context() as patch:
         small = dict(image_size=32, patch=8, width=16, depth=6, heads=2)
-        patch.setitem(train_toy.RECIPES, "cifar10", dataclasses.replace(train_toy.RECIPES["cifar10"], model=small))
+        recipe = dataclasses.replace(train_toy.RECIPES["cifar10"], model=small)
+        patch.setitem(train_toy.RECIPES, "cifar10", recipe)
         options = dict(dataset="cifar10", data_dir=str(tmp_path), out=str(tmp_path / "out"),
                        **{**SMALL, "classifier_iterations": 1})
         table = train_toy.main(iterations=20, **options)
         assert train_toy.main(iterations=20, resume=True, **options) == table
     _, classifier, *_ = load_checkpoint(tmp_path / "out" / "cifar10.pt")
     assert classifier.network == "residual" and classifier(torch.zeros(2, 3, 32, 32))[0].shape == (2, 10)
-    images = sample_toy.main(prompt="a photo of a horse", dataset="cifar10", out=str(tmp_path / "out"), count=2, steps=2)
+    images = sample_toy.main(prompt="a horse", dataset="cifar10", out=options["out"], count=2, steps=2)
     assert images.shape == (2, 3, 32, 32)
 
 
@@ -268,7 +273,7 @@ def test_cifar10_trains_from_official_files(tmp_path):
 
 
 def test_a_box_of_time_sets_the_iterations(tmp_path, capsys):
-    """--minutes measures the speed, says and stores how many iterations fit, and holds; --resume uses that number."""
+    """--minutes measures the speed, says and stores how many iterations fit; --resume uses that number."""
     options = dict(minutes=0.1, out=str(tmp_path), **SMALL)
     train_toy.main(**options)
     state, output = training_state(tmp_path), capsys.readouterr().out
@@ -279,14 +284,8 @@ def test_a_box_of_time_sets_the_iterations(tmp_path, capsys):
     assert equal(training_state(tmp_path), state)
 
 
-def test_a_box_that_is_over_still_gives_weights(tmp_path):
-    """If the start took all of the time, the training ends at the first look at the clock, and is saved."""
-    train_toy.main(minutes=1e-3, out=str(tmp_path), **SMALL)
-    assert training_state(tmp_path)["iterations"] == train_toy.LOG_EVERY
-
-
 def test_the_speed_leaves_out_the_first_steps():
-    """With 10 steps a second after a slow start, 100 seconds that are left hold 970 of them: 3 % are spare."""
+    """After a slow start and then 10 steps a second, 970 fit into 100 seconds: 3 % are spare."""
     run = SimpleNamespace(step=0, device="cpu")
     with pytest.MonkeyPatch.context() as patch:
         for run.step, now in ((10, 60.0), (20, 61.0), (30, 62.0), (120, 71.0)):
