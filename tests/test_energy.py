@@ -13,13 +13,13 @@ def draw(*shapes, seed=0, dtype=torch.float64):
     return [torch.randn(shape, generator=generator, dtype=dtype) for shape in shapes]
 
 
-def reference_attention(q, k, v, tau, alpha, gamma, steps, beta, bias=None):
+def reference_attention(q, k, v, tau, alpha, gamma, K, beta, bias=None):
     """Algorithm 1 again, one query at a time, in plain loops: the independent slow version."""
     out = torch.empty_like(q)
     for index in torch.cartesian_prod(*(torch.arange(n) for n in q.shape[:-1])).tolist():
         b, h, s = index
         state = q[b, h, s].clone()
-        for _ in range(steps):
+        for _ in range(K):
             logits = torch.stack([tau * beta * torch.dot(state, key) for key in k[b, h]])
             if bias is not None:
                 logits = logits + bias[b, h, s]
@@ -31,10 +31,10 @@ def reference_attention(q, k, v, tau, alpha, gamma, steps, beta, bias=None):
     return out
 
 
-def listing_2(q, k, v, tau, alpha, gamma, steps):
+def listing_2(q, k, v, tau, alpha, gamma, K):
     """Listing 2 with the text's names: the query is scaled once, and the residual carries tau, too."""
     q = q * tau
-    for _ in range(steps):
+    for _ in range(K):
         q = q - gamma * (q - alpha * F.scaled_dot_product_attention(q, k, v))
     return q
 
@@ -147,8 +147,8 @@ def test_with_values_equal_to_keys_it_is_the_hopfield_step():
     xi = q
     for _ in range(4):
         xi = erg.hopfield_step(xi, k, **settings)
-    torch.testing.assert_close(erg.energy_attention(q, k, k, steps=4, **settings), xi, rtol=0, atol=1e-12)
-    assert (erg.energy_attention(q, k, v, steps=4, **settings) - xi).abs().max() > 0.1
+    torch.testing.assert_close(erg.energy_attention(q, k, k, K=4, **settings), xi, rtol=0, atol=1e-12)
+    assert (erg.energy_attention(q, k, v, K=4, **settings) - xi).abs().max() > 0.1
 
 
 @pytest.mark.parametrize("seed", range(12))
@@ -158,7 +158,7 @@ def test_algorithm_1_against_plain_loops(seed):
     pick = lambda *values: values[torch.randint(len(values), (), generator=generator).item()]
     B, H, S, N, D = pick(1, 2), pick(1, 3), pick(1, 4), pick(2, 5), 4
     q, k, v = draw((B, H, S, D), (B, H, N, D), (B, H, N, D), seed=seed)
-    settings = dict(tau=pick(0.01, 0.3, 1.0, 2.5), alpha=pick(0.5, 1.0, -1.5), gamma=pick(0.1, 1.0, 1.5), steps=pick(1, 2, 5))
+    settings = dict(tau=pick(0.01, 0.3, 1.0, 2.5), alpha=pick(0.5, 1.0, -1.5), gamma=pick(0.1, 1.0, 1.5), K=pick(1, 2, 5))
     scale = pick(None, 0.7)
     bias = torch.randn(B, H, S, N, generator=generator, dtype=torch.float64)
     keep = torch.rand(B, H, S, N, generator=generator) > 0.3
@@ -172,7 +172,7 @@ def test_algorithm_1_against_plain_loops(seed):
 def test_causal_and_grouped_queries():
     """is_causal and enable_gqa mean what they mean in SDPA, at every step."""
     q, k, v = draw((2, 4, 5, 8), (2, 2, 5, 8), (2, 2, 5, 8))
-    settings = dict(tau=0.5, alpha=0.9, gamma=0.5, steps=3)
+    settings = dict(tau=0.5, alpha=0.9, gamma=0.5, K=3)
     keys, values = k.repeat_interleave(2, 1), v.repeat_interleave(2, 1)
     bias = torch.full((5, 5), -math.inf, dtype=torch.float64).triu(1).expand(2, 4, 5, 5)
     expected = reference_attention(q, keys, values, **settings, beta=8**-0.5, bias=bias)
@@ -186,10 +186,10 @@ def test_listing_2_agrees_only_for_one_full_step():
     torch.testing.assert_close(listing_2(q, k, v, 0.01, 0.7, 1.0, 1), erg.energy_attention(q, k, v, tau=0.01, alpha=0.7),
                                rtol=0, atol=1e-12)
     for gamma, steps in ((1.5, 1), (0.5, 1), (0.1, 10)):
-        canonical = erg.energy_attention(q, k, v, tau=0.01, gamma=gamma, steps=steps)
+        canonical = erg.energy_attention(q, k, v, tau=0.01, gamma=gamma, K=steps)
         gap = (listing_2(q, k, v, 0.01, 1.0, gamma, steps) - canonical).norm() / canonical.norm()
         assert gap > 0.3, (gamma, steps, gap)
-    two = erg.energy_attention(q, k, v, tau=0.3, steps=2)  # tau is applied again at the second step
+    two = erg.energy_attention(q, k, v, tau=0.3, K=2)  # tau is applied again at the second step
     assert (listing_2(q, k, v, 0.3, 1.0, 1.0, 2) - two).norm() / two.norm() > 0.05
 
 
@@ -197,7 +197,7 @@ def test_tau_per_sample_is_tau_one_sample_at_a_time():
     """tau of shape (B,) treats each sample as the number would."""
     q, k, v = draw((3, 2, 5, 8), (3, 2, 7, 8), (3, 2, 7, 8))
     tau = torch.tensor([0.01, 1.0, 3.0], dtype=torch.float64)
-    settings = dict(alpha=0.8, gamma=0.7, steps=2)
+    settings = dict(alpha=0.8, gamma=0.7, K=2)
     result = erg.energy_attention(q, k, v, tau=tau, **settings)
     for i in range(3):
         alone = erg.energy_attention(q[i:i + 1], k[i:i + 1], v[i:i + 1], tau=tau[i].item(), **settings)
@@ -207,7 +207,7 @@ def test_tau_per_sample_is_tau_one_sample_at_a_time():
 def test_queries_restrict_tau_alone():
     """With `queries`, the others have tau = 1, while alpha, gamma and K act on all of them (Listing 2)."""
     q, k, v = draw((2, 3, 6, 8), (2, 3, 6, 8), (2, 3, 6, 8))
-    settings = dict(alpha=0.8, gamma=1.5, steps=2)
+    settings = dict(alpha=0.8, gamma=1.5, K=2)
     result = erg.energy_attention(q, k, v, tau=0.1, queries=slice(0, 4), **settings)
     torch.testing.assert_close(result[:, :, :4], erg.energy_attention(q[:, :, :4], k, v, tau=0.1, **settings), rtol=0, atol=1e-12)
     torch.testing.assert_close(result[:, :, 4:], erg.energy_attention(q[:, :, 4:], k, v, **settings), rtol=0, atol=1e-12)
@@ -228,13 +228,13 @@ def test_no_query_by_key_matrix_is_kept():
             return out
 
     with torch.no_grad(), Largest():
-        erg.energy_attention(q, q, q, tau=0.1, gamma=0.5, steps=2)
+        erg.energy_attention(q, q, q, tau=0.1, gamma=0.5, K=2)
     assert 0 < before.item() <= q.numel()
 
 
 @pytest.mark.parametrize("wrong, message", [
     (dict(tau=-0.1), "tau=-0.1"), (dict(tau=float("nan")), "tau=nan"), (dict(alpha=float("inf")), "alpha=inf"),
-    (dict(gamma=0.0), "gamma=0.0"), (dict(steps=0), "steps=0"), (dict(steps=1.5), "steps=1.5"),
+    (dict(gamma=0.0), "gamma=0.0"), (dict(K=0), "K=0"), (dict(K=1.5), "K=1.5"),
     (dict(tau=torch.ones(3)), "(2,)"), (dict(queries=slice(0, 99)), "queries=slice"), (dict(queries=slice(4, 4)), "queries=slice"),
 ])
 def test_bad_arguments_are_named(wrong, message):
@@ -256,6 +256,6 @@ def test_value_width_must_agree_where_the_residual_needs_it():
 def test_the_energy_needs_a_positive_tau():
     """The energy diverges at tau = 0, and says so; the step does not."""
     xi, X = draw((3, 4), (5, 4))
-    with pytest.raises(ValueError, match="tau=0.0 must be a finite Python number greater than 0"):
+    with pytest.raises(ValueError, match="tau=0.0 must be a finite Python number, greater than 0"):
         erg.hopfield_energy(xi, X, tau=0.0)
     torch.testing.assert_close(erg.hopfield_step(xi, X, tau=0.0), X.mean(0).expand(3, 4))

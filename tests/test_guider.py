@@ -123,7 +123,7 @@ def test_switched_off_it_is_one_evaluation(pipe, settings):
 
 
 @pytest.mark.parametrize("settings", [IERG, dict(tau=0.0), dict(IERG, queries=[0, 16]), dict(IERG, queries=[None, -5]),
-                                      dict(alpha=0.7, gamma=0.5, steps=2, layers=range(3, 4))])
+                                      dict(alpha=0.7, gamma=0.5, K=2, layers=range(3, 4))])
 def test_equal_to_two_passes_by_hand(pipe, settings):
     """The guider samples what a written-out loop with erg.rectify around the second pass samples."""
     queries = dict(queries=slice(*settings["queries"])) if "queries" in settings else {}
@@ -446,7 +446,7 @@ def test_half_precision_is_combined_in_single():
 @pytest.mark.parametrize("name, value", [
     ("guidance_scale", "5"), ("guidance_scale", lambda t: 5.0), ("guidance_scale", float("nan")), ("tau", -0.1),
     ("tau", None), ("layers", 6), ("layers", []), ("layers", [-1]), ("layers", "67"), ("layers", iter(())),
-    ("kappa", 1.5), ("alpha", None), ("gamma", 0.0), ("steps", 0), ("steps", 1.5), ("queries", [1]), ("queries", 16),
+    ("kappa", 1.5), ("alpha", None), ("gamma", 0.0), ("K", 0), ("K", 1.5), ("queries", [1]), ("queries", 16),
     ("queries", ["a", 2]), ("queries", slice(0, 16, 2)), ("negative", "weak"), ("apg", True), ("apg", dict(limit=3.0)),
     ("num_train_timesteps", 0), ("num_train_timesteps", "1000"), ("start", 1.5), ("stop", -0.1)])
 def test_bad_arguments_raise_by_name(name, value):

@@ -90,7 +90,7 @@ def test_erg_is_the_sampler_written_out(pipe, apg):
     result = latents(pipe, settings)
     close(result, by_hand(pipe, settings))
     for change in (dict(tau_c=0.5), dict(tau=0.5), dict(layers=[7]), dict(kappa=0.8), dict(w=4.0), dict(apg=erg.APG(eta=0.9)),
-                   dict(gamma=0.5), dict(alpha=0.5), dict(steps=3, tau=0.5)):
+                   dict(gamma=0.5), dict(alpha=0.5), dict(K=3, tau_i=0.5)):
         assert (latents(pipe, dataclasses.replace(settings, **change)) - result).abs().max() > 1e-3, change
 
 
