@@ -125,17 +125,11 @@ class CADS:
 # ------------------------------------------------------------------------------------------------
 
 
-def as_erg(apg=None, **p):
-    """The erg.ERG of parameters with the paper's names."""
-    names = {"tau_i": "tau", "K": "steps"}  # what erg.py calls them
-    return erg.ERG(**{names.get(name, name): value for name, value in p.items()}, apg=apg)
-
-
 def guided_by(settings, cads=None):
     """What `generate` asks for each batch, for an erg.ERG: a function that returns (condition, guidance)."""
     def condition_and_guidance(model, tokens, null, seed):
         s = settings
-        if s.tau != 1 and s.queries is None:
+        if s.tau_i != 1 and s.queries is None:
             s = dataclasses.replace(s, queries=slice(0, model.side**2))  # tau on image tokens: Listing 2
         condition, negative = s.encode(model.encoder, tokens, null=null)
         if cads is None:
@@ -153,16 +147,16 @@ def build_none():
 
 
 def build_erg(**p):
-    return guided_by(as_erg(**p))
+    return guided_by(erg.ERG(**p))
 
 
 def build_apg(norm_threshold=5.0, **p):
-    return guided_by(as_erg(**p, apg=erg.APG(norm_threshold=norm_threshold)))
+    return guided_by(erg.ERG(**p, apg=erg.APG(norm_threshold=norm_threshold)))
 
 
 def build_cads(**p):
     cads = CADS(**{name: p.pop(name) for name in ANNEALING if name in p})
-    return guided_by(as_erg(**p), cads)
+    return guided_by(erg.ERG(**p), cads)
 
 
 @dataclass(frozen=True)
