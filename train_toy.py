@@ -212,22 +212,24 @@ class Training:
 
 
 def fit_iterations(run, marks, deadline, batch):
-    """The number of iterations that fit until the deadline; None until 5 % of the time were measured.
+    """The number of iterations that fit until the deadline, or None while the speed is not known.
 
-    `marks` holds the (time, step) of each line of the loss curve. What is before the second, with the
-    compilation, does not count.
+    `marks` gets the (time, step) of each line of the loss curve. The speed is that of the last 5 % of the
+    time. What is before the second mark, with the compilation, does not count.
     """
-    marks.append((time.time(), run.step))
-    (now, step), (began, first) = marks[-1], marks[min(1, len(marks) - 1)]
-    left, iterations = deadline - now, 0
+    now = time.time()
+    marks.append((now, run.step))
+    left, window, iterations = deadline - now, 0.05 * (deadline - marks[0][0]), 0
+    past = [mark for mark in marks[1:] if now - mark[0] > window]
     if left <= 0:
         iterations = run.step
-    elif step > first and now - began > 0.05 * (deadline - marks[0][0]):
-        speed = (step - first) / (now - began)
+    elif past:
+        began, first = past[-1]
+        speed = (run.step - first) / (now - began)
         iterations = run.step + max(1, int(0.97 * speed * left))  # 3 % are for saves
-        if main_process():
+        if run.iterations is None and main_process():
             rate = f"{speed * batch:,.0f} images/s"
-            tqdm.write(f"{rate}, and {left / 60:.1f} minutes are left: {iterations:,} iterations in all")
+            tqdm.write(f"{rate}, and {left / 60:.1f} minutes are left: about {iterations:,} iterations in all")
     return agreed(iterations, run.device) or None
 
 
@@ -236,7 +238,7 @@ def train(run, loss_of, batches, save, options):
 
     `batches(step)` is this process's part of a batch; `save()` is called now and then, and at the end.
     """
-    marks, began, stop = [], time.time() - run.seconds, False
+    marks, boxed, began, stop = [], run.iterations is None, time.time() - run.seconds, False
     bar = tqdm(total=run.iterations, initial=run.step, desc=options.dataset, unit="step",
                disable=not main_process(), mininterval=1.0 if sys.stderr.isatty() else 15.0)
     with Interrupt() as interrupt, bar:
@@ -250,7 +252,7 @@ def train(run, loss_of, batches, save, options):
                 if not math.isfinite(loss):
                     raise FloatingPointError(f"the loss is {loss} at step {run.step}; "
                                              f"try a smaller --lr than {options.lr}")
-                if run.iterations is None:
+                if boxed and run.step < 0.6 * (run.iterations or math.inf):  # then the decay begins
                     run.iterations = fit_iterations(run, marks, options.deadline, options.batch)
                     bar.total = run.iterations
                 stop = bool(agreed(interrupt.stop, run.device))
