@@ -330,12 +330,12 @@ class _Rectifier:
             warnings.warn(f"a forward made {count} attention calls of kind {self.kind!r}, and one before it "
                           f"{self.calls}: does a cache skip blocks? The layers' numbers shift", stacklevel=2)
         self.calls = count
-        allowed = [lengths for lengths in counts["samples"] if lengths] if self.batch is None else [{self.batch}]
+        allowed = [{self.batch}] if self.batch is not None else [some for some in counts["samples"] if some]
         for rows in counts["rows"] if self.rows is not None or self.batch is not None else ():
             if any(rows not in lengths for lengths in allowed):
                 raise ValueError(f"a call has {rows} rows where {sorted(set.union(*allowed))} were expected: "
-                                 "does the model fold space or time into the batch? Use two passes, one plain "
-                                 "and one rectified without rows (batched=False), or give batch")
+                                 "does the model fold space or time into the batch? Use two passes, one "
+                                 "plain and one rectified without rows (batched=False), or give batch")
 
 
 def _why_missed(counts, kind):
@@ -686,8 +686,8 @@ def _match(batch, positive, negative):
     if tensors and (positive.shape, positive.dtype, len(positive)) == (negative.shape, negative.dtype, batch):
         return torch.cat([positive, negative])
     say = lambda y: f"{tuple(y.shape)}, {y.dtype}" if isinstance(y, Tensor) else repr(y)[:60]
-    raise ValueError(f"the condition has {say(positive)} and the negative's has {say(negative)}: one pass needs "
-                     f"two alike, with a row for each of {batch} samples; batched=False takes others")
+    raise ValueError(f"the condition has {say(positive)} and the negative's has {say(negative)}: one pass "
+                     f"needs two alike, with a row for each of {batch} samples; batched=False takes others")
 
 
 # ---- 7. Checks of what users give --------------------------------------------------------------------------
@@ -756,13 +756,13 @@ def _check_model(model):
     _check_evaluation(model)
     parts = list(getattr(model, "_orig_mod", model).modules())[1:]
     if any(part._compiled_call_impl is not None or hasattr(part, "_orig_mod") for part in parts):
-        warnings.warn(f"parts of {type(model).__name__} are compiled on their own. When rectified, each layer "
+        warnings.warn(f"parts of {type(model).__name__} are compiled on their own. If rectified, each layer "
                       "needs a graph of its own, and torch._dynamo.config.recompile_limit allows 8. Raise it "
                       "above the number of layers, or compile the whole model", stacklevel=4)
 
 
 # Table 7, which gives no w: SD3's is from appendix E, the others are from Table 6 and figures 12 and 16.
-# Where text takes part in the attention (all but DiT), add queries=slice(...) of the image tokens (Listing 2).
+# Where text takes part in the attention (all but DiT), add queries=slice(...) of the image tokens.
 PRESETS = {
     "mmdit-text-to-image": ERG(w=5.0, tau_i=0.01, layers=range(10, 17), kappa=0.4, tau_c=0.01, gamma=1.5,
                                layers_c={"llama3": range(0, 32), "t5": range(0, 24)}),
