@@ -112,7 +112,8 @@ class Attention(nn.Module):
 
 
 def mlp(width):
-    return nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(approximate="tanh"), nn.Linear(4 * width, width))
+    widen, back = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+    return nn.Sequential(widen, nn.GELU(approximate="tanh"), back)
 
 
 class TextBlock(nn.Module):
@@ -211,7 +212,8 @@ class TinyDiT(nn.Module):
 
     def patchify(self, x):  # (B, C, S, S) -> (B, N, C P P)
         P = self.config.patch
-        return x.unflatten(3, (-1, P)).unflatten(2, (-1, P)).permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
+        x = x.unflatten(3, (-1, P)).unflatten(2, (-1, P))  # (B, C, side, P, side, P)
+        return x.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
 
     def unpatchify(self, x):  # (B, N, C P P) -> (B, C, S, S)
         P = self.config.patch
