@@ -373,10 +373,9 @@ def rectify(model=None, *, tau=None, alpha=1.0, gamma=1.0, K=1, layers=None, row
         argument of the model, and of its output.
 
     Contexts nest; the one opened last is applied first. Other threads see ordinary attention. The model and
-    torch are left as they were, also after an exception. Of a compiled model, give what torch.compile returned:
-    plain and rectified forwards have a graph each. Another float tau or other layers compile again; a
-    0-dimensional tensor tau does not. A function that is kept elsewhere, as a default or in a closure, is not
-    reached.
+    torch are left as they were, also after an exception. If compiled, give what torch.compile returned: plain
+    and rectified forwards have a graph each. Another float tau or other layers compile again; a 0-dimensional
+    tensor tau does not. A reference to the function in a closure or a default argument is out of reach.
 
     Raises ValueError for settings out of range or without effect. Raises RuntimeError when a forward ends
     without having met every chosen layer, or the context without a forward. Warns if `when` was never true.
