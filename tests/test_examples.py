@@ -11,7 +11,7 @@ from examples.your_model import YourTransformer, sample_ddim, sample_flow
 
 PATH = Path(__file__).resolve().parent.parent / "examples/your_model.py"
 SIGNAL = torch.linspace(0.01, 1, 21).tolist()
-OFF = erg.Guidance(erg.ERG(w=1.0, tau=0.1, negative="same"))
+OFF = erg.Guidance(erg.ERG(w=1.0, tau_i=0.1, negative="same"))
 
 
 @pytest.fixture
@@ -63,7 +63,7 @@ def test_ddim_is_that_of_diffusers(model, inputs):
     scheduler.set_timesteps(20)
     scheduler.alphas_cumprod = torch.tensor(SIGNAL[:-1], dtype=torch.float64).flip(0)  # timestep 19 is the noisiest
     x, label = inputs
-    settings = erg.ERG(w=3.0, tau=0.01, layers=range(2, 4), kappa=0.2)
+    settings = erg.ERG(w=3.0, tau_i=0.01, layers=range(2, 4), kappa=0.2)
     guidance, y = erg.Guidance(settings, torch.tensor([10])), x
     for i, timestep in enumerate(scheduler.timesteps):
         y = scheduler.step(guidance(model, y, i / 20, label), timestep, y).prev_sample
@@ -80,11 +80,11 @@ def test_guided_as_written_out(model, inputs, sampler):
         positive = model(x, time, label)
         if t <= 0.2:
             return 3 * positive - 2 * model(x, time, torch.full((4,), 10))
-        with erg.rectify(None, tau=0.01, layers=[2, 3]):
+        with erg.rectify(tau=0.01, layers=[2, 3]):
             negative = model(x, time, torch.full((4,), 10))
         return 3 * positive - 2 * negative
 
-    settings = erg.ERG(w=3.0, tau=0.01, layers=range(2, 4), kappa=0.2)
+    settings = erg.ERG(w=3.0, tau_i=0.01, layers=range(2, 4), kappa=0.2)
     result = sampler(model, x, label, erg.Guidance(settings, torch.tensor([10])))
     torch.testing.assert_close(result, sampler(model, x, label, by_hand), rtol=1e-6, atol=1e-6)
     assert (result - sampler(model, x, label, erg.Guidance(erg.ERG(w=3.0), torch.tensor([10])))).abs().max() > 1e-3

@@ -4,7 +4,7 @@ config: arguments of the constructor; inputs: of a forward of two samples.
 calls: the numbers of ("self", "cross") calls of F.scaled_dot_product_attention in a forward.
 kind: the kind of those by which the image (the video, the audio) attends; "self" by default.
 joint: a range of these calls, those in which the image takes part; all by default.
-image: the slice of the queries of these calls that the image takes; None: all of them.
+image: the slice of the queries of these calls that the image takes; all by default.
 folds: the rows of these calls are not the samples.
 main: the argument that holds the noisy image; "hidden_states" by default.
 output: a function of what the forward returns: a tensor that all calls reach; its first tensor by default.
@@ -48,34 +48,32 @@ ZOO = {
                     num_key_value_heads=1, head_dim=8, in_channels=12, audio_acoustic_hidden_dim=4,
                     sliding_window=2, encoder_hidden_size=8),
         inputs=lambda: given((16, 4), 0.5, (5, 8), timestep_r=full(2, 0.5), context_latents=randn(2, 16, 8)),
-        calls=(2, 2), image=None),
+        calls=(2, 2)),
     "AllegroTransformer3DModel": dict(
         config=dict(num_attention_heads=2, attention_head_dim=12, num_layers=2, cross_attention_dim=24,
                     sample_height=8, sample_width=8, sample_frames=3, caption_channels=8),
         inputs=lambda: given((4, 3, 8, 8), 500, (5, 8), encoder_attention_mask=ones(2, 5),
                              image_rotary_emb=(((randn(48, 4),) * 2,) * 3, (torch.arange(48)[None],) * 3)),
-        calls=(2, 2), image=None),
+        calls=(2, 2)),
     "AnyFlowTransformer3DModel": dict(
         config=dict(WAN, text_dim=8, rope_max_seq_len=16),
         inputs=lambda: dict(hidden_states=randn(2, 2, 4, 8, 8), timestep=500 + zeros(2, 2),
                             r_timestep=400 + zeros(2, 2), encoder_hidden_states=randn(2, 5, 8)),
-        calls=(2, 2), image=None),
+        calls=(2, 2)),
     "AudioLDM2UNet2DConditionModel": dict(
         config=FLAT,
         inputs=lambda: dict(sample=randn(2, 4, 8, 8), timestep=500, encoder_hidden_states=randn(2, 3, 6)),
-        calls=(4, 4), image=None, main="sample"),
+        calls=(4, 4), main="sample"),
     "AuraFlowTransformer2DModel": dict(  # 8 register tokens, text, image
         config=dict(HEADS, sample_size=8, num_mmdit_layers=1, num_single_dit_layers=1, pos_embed_max_size=16,
                     joint_attention_dim=8, caption_projection_dim=16),
-        inputs=lambda: given((4, 8, 8), 0.5, (5, 8)),
-        calls=(2, 0), image=slice(13, 29)),
+        inputs=lambda: given((4, 8, 8), 0.5, (5, 8)), calls=(2, 0), image=slice(13, 29)),
     "BriaFibo2Transformer2DModel": dict(  # self 0: image; self 1: gist of the text; then gist, image
         config=dict(in_channels=4, dim=24, n_layers=2, n_refiner_layers=1, n_heads=2, cap_feat_dim=8,
                     injection_layer_ids=(1,), perceiver_num_layers=1, min_num_gist_tokens=4,
                     max_num_gist_tokens=4, gist_step=2, gist_min_text_len=4, gist_max_text_len=8,
                     axes_dims=(4, 4, 4), axes_lens=(16, 8, 8)),
-        inputs=lambda: given((4, 8, 8), 0.5, (2, 5, 8)),
-        calls=(4, 2), joint=range(2, 4), image=slice(4, 20)),
+        inputs=lambda: given((4, 8, 8), 0.5, (2, 5, 8)), calls=(4, 2), joint=range(2, 4), image=slice(4, 20)),
     "BriaFiboTransformer2DModel": dict(  # text, image
         config=dict(FLUX, joint_attention_dim=8, axes_dims_rope=[4, 2, 2], text_encoder_dim=8),
         inputs=lambda: given((16, 4), 500., (5, 8), img_ids=randn(16, 3), txt_ids=zeros(5, 3),
@@ -92,12 +90,10 @@ ZOO = {
         calls=(2, 0), image=slice(5, 21)),
     "ChronoEditTransformer3DModel": dict(  # with an image condition, two cross calls a layer: image, text
         config=dict(WAN, text_dim=8, rope_max_seq_len=16),
-        inputs=lambda: given((4, 2, 8, 8), 500, (5, 8)),
-        calls=(2, 2), image=None),
+        inputs=lambda: given((4, 2, 8, 8), 500, (5, 8)), calls=(2, 2)),
     "CogVideoXTransformer3DModel": dict(  # text, video
         config=COGVIDEO,
-        inputs=lambda: given((3, 4, 8, 8), 500, (5, 8)),
-        calls=(2, 0), image=slice(5, 53)),
+        inputs=lambda: given((3, 4, 8, 8), 500, (5, 8)), calls=(2, 0), image=slice(5, 53)),
     "CogView3PlusTransformer2DModel": dict(  # text, image
         config=dict(COGVIEW, pos_embed_max_size=8, sample_size=8),
         inputs=lambda: given((4, 8, 8), 500, (5, 8), original_size=ones(2, 2), target_size=ones(2, 2),
@@ -111,8 +107,7 @@ ZOO = {
     # text, video; out of reach: the attention to a face (softmax by hand)
     "ConsisIDTransformer3DModel": dict(
         config=COGVIDEO,
-        inputs=lambda: given((3, 4, 8, 8), 500, (5, 8)),
-        calls=(2, 0), image=slice(5, 53)),
+        inputs=lambda: given((3, 4, 8, 8), 500, (5, 8)), calls=(2, 0), image=slice(5, 53)),
     # cross: the image's queries, which see all; self: the text; one packed sample
     "Cosmos3OmniTransformer": dict(
         config=dict(head_dim=8, hidden_size=16, intermediate_size=16, latent_channel=4, num_attention_heads=2,
@@ -124,26 +119,23 @@ ZOO = {
                             vision_sequence_indexes=torch.arange(5, 21),
                             vision_mse_loss_indexes=torch.arange(5, 21), vision_timesteps=full(16, 500),
                             vision_noisy_frame_indexes=[torch.arange(1)]),
-        calls=(2, 2), image=None, kind="cross", main="vision_tokens", folds=True),
+        calls=(2, 2), kind="cross", main="vision_tokens", folds=True),
     "CosmosTransformer3DModel": dict(
         config=dict(in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=16, num_layers=2,
                     text_embed_dim=8, adaln_lora_dim=4, max_size=(4, 8, 8), concat_padding_mask=False),
-        inputs=lambda: given((4, 2, 8, 8), 0.5, (5, 8)),
-        calls=(2, 2), image=None),
+        inputs=lambda: given((4, 2, 8, 8), 0.5, (5, 8)), calls=(2, 2)),
     "DiTTransformer2DModel": dict(
         config=dict(JOINT, sample_size=8, norm_num_groups=2, num_embeds_ada_norm=1000),
-        inputs=lambda: given((4, 8, 8), 500, class_labels=torch.arange(2)),
-        calls=(2, 0), image=None),
+        inputs=lambda: given((4, 8, 8), 500, class_labels=torch.arange(2)), calls=(2, 0)),
     "DreamLiteTransformer2DModel": dict(
         config=dict(TWO, in_channels=8, norm_num_groups=2, cross_attention_dim=8),
         inputs=lambda: dict(hidden_states=randn(2, 8, 4, 4), encoder_hidden_states=randn(2, 5, 8)),
-        calls=(2, 2), image=None),
+        calls=(2, 2)),
     "EasyAnimateTransformer3DModel": dict(  # text, video
         config=dict(num_attention_heads=2, attention_head_dim=16, in_channels=4, out_channels=4, patch_size=2,
                     sample_width=8, sample_height=8, num_layers=2, mmdit_layers=1, time_embed_dim=8,
                     text_embed_dim=8),
-        inputs=lambda: given((4, 2, 8, 8), 500, (5, 8)),
-        calls=(2, 0), image=slice(5, 37)),
+        inputs=lambda: given((4, 2, 8, 8), 500, (5, 8)), calls=(2, 0), image=slice(5, 37)),
     "ErnieImageTransformer2DModel": dict(  # image, text
         config=dict(hidden_size=16, num_attention_heads=2, num_layers=2, ffn_hidden_size=16, in_channels=4,
                     out_channels=4, text_in_dim=8, rope_axes_dim=(4, 2, 2)),
@@ -197,7 +189,7 @@ ZOO = {
                              encoder_hidden_states_t5=randn(2, 4, 8), text_embedding_mask_t5=ones(2, 4),
                              image_meta_size=ones(2, 6), style=zeros(2).long(),
                              image_rotary_emb=(randn(16, 8), randn(16, 8))),
-        calls=(4, 5), image=None),
+        calls=(4, 5)),
     "HunyuanImageTransformer2DModel": dict(  # self 0: text refiner; then image, text
         config=dict(FLUX, out_channels=4, num_refiner_layers=1, patch_size=(1, 1), text_embed_dim=6,
                     rope_axes_dim=(4, 4)),
@@ -237,7 +229,7 @@ ZOO = {
         inputs=lambda: dict(sample=randn(2, 4, 2, 8, 8), timestep=500, fps=full(2, 8),
                             image_embeddings=randn(2, 8), image_latents=randn(2, 4, 2, 8, 8),
                             encoder_hidden_states=randn(2, 3, 8)),
-        calls=(15, 4), joint=range(1, 15), image=None, main="sample", folds=True),
+        calls=(15, 4), joint=range(1, 15), main="sample", folds=True),
     "Ideogram4Transformer2DModel": dict(  # text, image
         config=dict(in_channels=4, num_layers=2, attention_head_dim=12, num_attention_heads=2,
                     intermediate_size=16, adaln_dim=8, llm_features_dim=6, mrope_section=(2, 2, 2)),
@@ -252,26 +244,25 @@ ZOO = {
     "JoyImageEditTransformer3DModel": dict(  # image, text
         config=dict(in_channels=4, hidden_size=16, num_attention_heads=2, text_dim=6, num_layers=2,
                     rope_dim_list=[4, 2, 2]),
-        inputs=lambda: given((4, 2, 4, 4), 500.0, (3, 6)),
-        calls=(2, 0), image=slice(0, 8)),
+        inputs=lambda: given((4, 2, 4, 4), 500.0, (3, 6)), calls=(2, 0), image=slice(0, 8)),
     "Kandinsky3UNet": dict(
         config=dict(time_embedding_dim=16, groups=2, attention_head_dim=4, layers_per_block=2,
                     block_out_channels=(8, 16), cross_attention_dim=8, encoder_hid_dim=6),
         inputs=lambda: dict(sample=randn(2, 4, 16, 16), timestep=500, encoder_hidden_states=randn(2, 3, 6),
                             encoder_attention_mask=ones(2, 3)),
-        calls=(3, 7), image=None, main="sample"),
+        calls=(3, 7), main="sample"),
     "Kandinsky5Transformer3DModel": dict(  # self 0: text; then video
         config=dict(KANDINSKY, in_text_dim=6, in_text_dim2=5, num_text_blocks=1, axes_dims=(4, 2, 2)),
         inputs=lambda: given((2, 4, 4, 4), 500.0, (3, 6), pooled_projections=randn(2, 5),
                              visual_rope_pos=[torch.arange(2)] * 3, text_rope_pos=torch.arange(3)),
-        calls=(3, 2), joint=range(1, 3), image=None),
+        calls=(3, 2), joint=range(1, 3)),
     # self 0, 1: text for video, for audio; 2, 4, ...: video; 3, 5, ...: audio
     "Kandinsky6Transformer3DModel": dict(
         config=dict(KANDINSKY, in_text_dim=6, in_text_dim2=5, num_text_blocks=1, axes_dims=(4, 2, 2),
                     visual_cond=False, in_audio_dim=4, out_audio_dim=4),
         inputs=lambda: given((2, 4, 4, 4), 500.0, (3, 6), pooled_projections=randn(2, 5),
                              audio_hidden_states=randn(2, 5, 4)),
-        calls=(6, 8), joint=range(2, 6, 2), image=None),
+        calls=(6, 8), joint=range(2, 6, 2)),
     # self 0: the text's layers, its tokens folded; self 1: text; then text, image
     "Krea2Transformer2DModel": dict(
         config=dict(TWO, in_channels=4, num_key_value_heads=1, intermediate_size=16, timestep_embed_dim=8,
@@ -285,12 +276,10 @@ ZOO = {
         config=dict(TWO, in_channels=4, cross_attention_dim=16, sample_size=8, patch_size=2,
                     norm_type="ada_norm_single", caption_channels=8, video_length=3, num_embeds_ada_norm=1000,
                     norm_elementwise_affine=False),
-        inputs=lambda: given((4, 3, 8, 8), 500, (5, 8)),
-        calls=(4, 2), image=None, folds=True),
+        inputs=lambda: given((4, 3, 8, 8), 500, (5, 8)), calls=(4, 2), folds=True),
     "LongCatAudioDiTTransformer": dict(
         config=dict(dit_dim=16, dit_depth=2, dit_heads=2, dit_text_dim=6, latent_dim=4),
-        inputs=lambda: given((8, 4), 0.5, (3, 6), encoder_attention_mask=ones(2, 3).bool()),
-        calls=(2, 2), image=None),
+        inputs=lambda: given((8, 4), 0.5, (3, 6), encoder_attention_mask=ones(2, 3).bool()), calls=(2, 2)),
     "LongCatImageTransformer2DModel": dict(  # text, image
         config=dict(FLUX, joint_attention_dim=6, pooled_projection_dim=6, axes_dims_rope=[4, 2, 2]),
         inputs=lambda: given((16, 4), 0.5, (3, 6), img_ids=zeros(16, 3), txt_ids=zeros(3, 3)),
@@ -302,12 +291,12 @@ ZOO = {
         inputs=lambda: given((8, 4), 500.0, (3, 6), audio_hidden_states=randn(2, 5, 4),
                              audio_encoder_hidden_states=randn(2, 3, 6), num_frames=2, height=2, width=2,
                              audio_num_frames=5),
-        calls=(4, 8), joint=range(0, 4, 2), image=None),
+        calls=(4, 8), joint=range(0, 4, 2)),
     "LTXVideoTransformer3DModel": dict(
         config=dict(JOINT, cross_attention_dim=16, caption_channels=6),
         inputs=lambda: given((8, 4), 500, (3, 6), num_frames=2, height=2,
                              encoder_attention_mask=ones(2, 3).bool(), width=2),
-        calls=(2, 2), image=None),
+        calls=(2, 2)),
     "Lumina2Transformer2DModel": dict(  # self 0: text; self 1: image; then text, image
         config=dict(sample_size=8, in_channels=4, hidden_size=16, num_layers=2, num_refiner_layers=1,
                     num_attention_heads=2, num_kv_heads=1, multiple_of=8, axes_dim_rope=(4, 2, 2),
@@ -319,7 +308,7 @@ ZOO = {
                     multiple_of=8, cross_attention_dim=8),
         inputs=lambda: given((4, 8, 8), 0.5, (5, 8), encoder_mask=ones(2, 5), cross_attention_kwargs={},
                              image_rotary_emb=torch.polar(ones(4, 4, 4), randn(4, 4, 4))),
-        calls=(2, 2), image=None),
+        calls=(2, 2)),
     "MiniMaxH3Transformer3DModel": dict(  # self 0: text refiner; then text, video, audio, as the indices say
         config=dict(TWO, hidden_size=16, num_refiner_layers=1, ffn_dim=16, in_channels=1, audio_in_channels=3,
                     text_dim=6, freq_dim=8, time_embed_hidden_dim=8, time_embed_dim=8, rope_freq_dim=1),
@@ -333,8 +322,7 @@ ZOO = {
     "MiniMaxMusic3Transformer1DModel": dict(  # time, audio (its condition is added to it)
         config=dict(TWO, in_channels=4, condition_dim=6, ff_inner_dim=16, rotary_dim=4,
                     fourier_embedding_dim=8),
-        inputs=lambda: given((4, 8), 0.5, (8, 6)),
-        calls=(2, 0), image=slice(1, 9)),
+        inputs=lambda: given((4, 8), 0.5, (8, 6)), calls=(2, 0), image=slice(1, 9)),
     # video, text; a call per row: self 0, 1 are layer 0; cross 0: text pooling
     "MochiTransformer3DModel": dict(
         config=dict(TWO, patch_size=2, pooled_projection_dim=16, in_channels=4, text_embed_dim=8,
@@ -346,13 +334,11 @@ ZOO = {
         config=dict(HEADS, in_channels=4, out_channels=4, num_layers=1, num_single_layers=2,
                     num_decoder_layers=1, text_embed_dim=6, rope_axes_dim=(4, 2, 2),
                     enable_text_cross_attention_dual=True),
-        inputs=lambda: given((4, 2, 4, 4), 500, (3, 6)),
-        calls=(3, 1), joint=range(2), image=slice(0, 8)),
+        inputs=lambda: given((4, 2, 4, 4), 500, (3, 6)), calls=(3, 1), joint=range(2), image=slice(0, 8)),
     "NucleusMoEImageTransformer2DModel": dict(  # the image's queries see [image, text]: kind "cross"
         config=dict(JOINT, patch_size=1, joint_attention_dim=6, axes_dims_rope=(4, 2, 2), moe_enabled=False,
                     mlp_ratio=12.0, capacity_factors=[1.0, 1.0]),
-        inputs=lambda: given((16, 4), 0.5, (3, 6), img_shapes=[(1, 4, 4)] * 2),
-        calls=(0, 2), image=None, kind="cross"),
+        inputs=lambda: given((16, 4), 0.5, (3, 6), img_shapes=[(1, 4, 4)] * 2), calls=(0, 2), kind="cross"),
     "OmniGenTransformer2DModel": dict(  # text, timestep, image
         config=dict(in_channels=4, hidden_size=16, num_attention_heads=2, num_key_value_heads=2,
                     intermediate_size=16, num_layers=2, pad_token_id=0, vocab_size=10, pos_embed_max_size=8,
@@ -368,8 +354,7 @@ ZOO = {
     "PixArtTransformer2DModel": dict(
         config=dict(TWO, in_channels=4, out_channels=8, cross_attention_dim=16, sample_size=8,
                     caption_channels=8, use_additional_conditions=False),
-        inputs=lambda: given((4, 8, 8), 500, (5, 8)),
-        calls=(2, 2), image=None),
+        inputs=lambda: given((4, 8, 8), 500, (5, 8)), calls=(2, 2)),
     # text, CLIP embedding, timestep, noisy embedding, a token that alone is read in the end
     "PriorTransformer": dict(
         config=dict(TWO, embedding_dim=8, num_embeddings=5),
@@ -378,15 +363,14 @@ ZOO = {
         calls=(2, 0), joint=range(1), image=slice(7, 8)),
     "PRXTransformer2DModel": dict(  # the image's queries see [text, image]: kind "cross"
         config=dict(in_channels=4, context_in_dim=6, hidden_size=16, num_heads=2, depth=2, axes_dim=[4, 4]),
-        inputs=lambda: given((4, 8, 8), 0.5, (3, 6)),
-        calls=(0, 2), image=None, kind="cross"),
+        inputs=lambda: given((4, 8, 8), 0.5, (3, 6)), calls=(0, 2), kind="cross"),
     # cross: the image's queries, which see [text, image]; self: the text alone
     "QwenImage21Transformer2DModel": dict(
         config=dict(JOINT, context_in_dim=6, mlp_ratio=1, axes_dims_rope=(4, 2, 2)),
         inputs=lambda: dict(hidden_states=randn(2, 16, 4), encoder_hidden_states=randn(2, 3, 6),
                             timestep=full(1, 0.5), img_shapes=[[(1, 4, 4)]] * 2,
                             img_mask=torch.tensor([[False] * 3 + [True] * 4] * 2)),
-        calls=(2, 2), image=None, kind="cross"),
+        calls=(2, 2), kind="cross"),
     "QwenImageTransformer2DModel": dict(  # text, image
         config=dict(JOINT, patch_size=1, joint_attention_dim=6, axes_dims_rope=(4, 2, 2)),
         inputs=lambda: given((16, 4), 0.5, (3, 6), img_shapes=[[(1, 4, 4)]] * 2),
@@ -398,7 +382,7 @@ ZOO = {
         inputs=lambda: dict(hidden_states=randn(2, 8, 4), encoder_hidden_states=randn(2, 3, 6),
                             timestep=full(16, 500.0).view(2, 8),
                             video_rotary_emb=(ones(2, 8, 16), zeros(2, 8, 16))),
-        calls=(2, 2), image=None),
+        calls=(2, 2)),
     "SanaWMTransformer3DModel": dict(  # self 0 is block 1; block 0 is a gated delta rule, out of reach
         config=dict(in_channels=4, num_layers=2, hidden_size=24, num_attention_heads=2, softmax_every_n=2,
                     linear_head_dim=12, chunk_plucker_channels=4, chunk_plucker_post_attn_blocks=0,
@@ -406,7 +390,7 @@ ZOO = {
         inputs=lambda: dict(hidden_states=randn(2, 4, 2, 2, 2),
                             timestep=full(2, 500.0).view(2, 1, 1).expand(2, 1, 2),
                             encoder_hidden_states=randn(2, 1, 3, 6), encoder_attention_mask=ones(2, 3)),
-        calls=(1, 2), image=None, tolerance=1e-3),
+        calls=(1, 2), tolerance=1e-3),
     "SD3ControlNetModel": dict(  # image, text
         config=dict(SD3, joint_attention_dim=6, pooled_projection_dim=5),
         inputs=lambda: given((4, 8, 8), 500, (3, 6), controlnet_cond=randn(2, 4, 8, 8),
@@ -419,8 +403,7 @@ ZOO = {
         calls=(3, 0), joint=range(0, 3, 2), image=slice(0, 16)),
     "SkyReelsV2Transformer3DModel": dict(
         config=dict(WAN, text_dim=6, rope_max_seq_len=8),
-        inputs=lambda: given((4, 2, 4, 4), 500, (3, 6)),
-        calls=(2, 2), image=None),
+        inputs=lambda: given((4, 2, 4, 4), 500, (3, 6)), calls=(2, 2)),
     # memory, audio; differential attention: self 0, 1 are the halves of layer 0
     "StableAudio3DiTModel": dict(
         config=dict(io_channels=4, embed_dim=16, depth=2, num_heads=2, cond_token_dim=6, global_cond_dim=5,
@@ -440,30 +423,29 @@ ZOO = {
                     up_num_layers_per_block=(1, 1), clip_text_pooled_in_channels=6, clip_seq=2),
         inputs=lambda: dict(sample=randn(2, 4, 8, 8), timestep_ratio=full(2, 0.5),
                             clip_text_pooled=randn(2, 1, 6)),
-        calls=(0, 4), image=None, main="sample", kind="cross"),
+        calls=(0, 4), main="sample", kind="cross"),
     "Transformer2DModel": dict(
         config=dict(TWO, in_channels=8, norm_num_groups=2, cross_attention_dim=8),
         inputs=lambda: dict(hidden_states=randn(2, 8, 4, 4), encoder_hidden_states=randn(2, 5, 8)),
-        calls=(2, 2), image=None),
+        calls=(2, 2)),
     "TransformerTemporalModel": dict(  # time; space is folded into the batch
         config=dict(HEADS, in_channels=4, norm_num_groups=2),
         inputs=lambda: dict(hidden_states=randn(2, 2, 4, 4, 4).flatten(0, 1), num_frames=2),
-        calls=(2, 0), image=None, folds=True),
+        calls=(2, 0), folds=True),
     "UNet2DConditionModel": dict(
         config=FLAT,
         inputs=lambda: dict(sample=randn(2, 4, 8, 8), timestep=500, encoder_hidden_states=randn(2, 3, 6)),
-        calls=(4, 4), image=None, main="sample"),
+        calls=(4, 4), main="sample"),
     "UNet2DModel": dict(
         config=dict(UNET, down_block_types=("DownBlock2D", "AttnDownBlock2D"),
                     up_block_types=("AttnUpBlock2D", "UpBlock2D"), block_out_channels=(8, 16),
                     norm_num_groups=4),
-        inputs=lambda: dict(sample=randn(2, 4, 8, 8), timestep=500),
-        calls=(4, 0), image=None, main="sample"),
+        inputs=lambda: dict(sample=randn(2, 4, 8, 8), timestep=500), calls=(4, 0), main="sample"),
     "UNet3DConditionModel": dict(  # self 2, 5, ...: space, frames folded; the others: time, space folded
         config=dict(CROSS, down_block_types=("CrossAttnDownBlock3D", "DownBlock3D"),
                     up_block_types=("UpBlock3D", "CrossAttnUpBlock3D"), attention_head_dim=4),
         inputs=lambda: dict(sample=randn(2, 4, 2, 8, 8), timestep=500, encoder_hidden_states=randn(2, 3, 6)),
-        calls=(14, 4), image=None, main="sample", folds=True),
+        calls=(14, 4), main="sample", folds=True),
     # self 0, 1, ...: two over space, frames folded, then two over time, space folded
     "UNetMotionModel": dict(
         config=dict(CROSS, down_block_types=("CrossAttnDownBlockMotion", "DownBlockMotion"),
@@ -471,7 +453,7 @@ ZOO = {
                     num_attention_heads=2, motion_max_seq_length=4),
         inputs=lambda: dict(sample=randn(2, 4, 2, 8, 8), timestep=500,
                             encoder_hidden_states=randn(2, 3, 6).repeat_interleave(2, 0)),
-        calls=(18, 4), image=None, folds=True, main="sample"),
+        calls=(18, 4), folds=True, main="sample"),
     "UNetSpatioTemporalConditionModel": dict(  # self 0, 2, ...: space, frames folded; self 1, 3, ...: time
         config=dict(UNET, block_out_channels=(32, 64),
                     down_block_types=("CrossAttnDownBlockSpatioTemporal", "DownBlockSpatioTemporal"),
@@ -480,7 +462,7 @@ ZOO = {
                     projection_class_embeddings_input_dim=12),
         inputs=lambda: dict(sample=randn(2, 2, 4, 8, 8), timestep=500, encoder_hidden_states=randn(2, 1, 6),
                             added_time_ids=ones(2, 3)),
-        calls=(8, 8), image=None, main="sample", folds=True),
+        calls=(8, 8), main="sample", folds=True),
     "UVit2DModel": dict(
         config=dict(hidden_size=16, cond_embed_dim=6, micro_cond_encode_dim=2, micro_cond_embed_dim=10,
                     encoder_hidden_size=6, vocab_size=10, codebook_size=8, in_channels=8,
@@ -489,7 +471,7 @@ ZOO = {
         inputs=lambda: dict(input_ids=torch.arange(16).view(1, 4, 4).expand(2, 4, 4) % 8,
                             encoder_hidden_states=randn(2, 3, 6), pooled_text_emb=randn(2, 6),
                             micro_conds=ones(2, 5)),
-        calls=(2, 6), image=None, main="input_ids"),
+        calls=(2, 6), main="input_ids"),
     "WanAnimateTransformer3DModel": dict(
         config=dict(num_attention_heads=2, attention_head_dim=12, in_channels=12, latent_channels=4,
                     out_channels=4, text_dim=6, freq_dim=8, ffn_dim=16, num_layers=2, image_dim=None,
@@ -498,15 +480,14 @@ ZOO = {
                     face_encoder_hidden_dim=8, face_encoder_num_heads=2, inject_face_latents_blocks=2),
         inputs=lambda: given((12, 3, 4, 4), 500, (3, 6), pose_hidden_states=randn(2, 4, 2, 4, 4),
                              face_pixel_values=randn(2, 3, 5, 16, 16)),
-        calls=(2, 3), image=None),
+        calls=(2, 3)),
     "WanTransformer3DModel": dict(
         config=dict(WAN, text_dim=6, rope_max_seq_len=8),
-        inputs=lambda: given((4, 2, 4, 4), 500, (3, 6)),
-        calls=(2, 2), image=None),
+        inputs=lambda: given((4, 2, 4, 4), 500, (3, 6)), calls=(2, 2)),
     "WanVACETransformer3DModel": dict(
         config=dict(WAN, text_dim=6, rope_max_seq_len=8, vace_layers=[0], vace_in_channels=5),
         inputs=lambda: given((4, 2, 4, 4), 500, (3, 6), control_hidden_states=randn(2, 5, 2, 4, 4)),
-        calls=(3, 3), image=None),
+        calls=(3, 3)),
     # self 0: image; self 1: text; then image, text, each padded to a multiple of 32
     "ZImageTransformer2DModel": dict(
         config=dict(in_channels=4, dim=16, n_layers=2, n_refiner_layers=1, n_heads=2, n_kv_heads=2,
@@ -525,14 +506,12 @@ UNREACHABLE = {
         calls=(0, 2)),  # block-causal self-attention by flex_attention; the cross-attention is reached
     "Kandinsky6SRTransformer3DModel": dict(  # flex_attention, for a sparse mask
         config=dict(KANDINSKY, axes_dims=(4, 6, 6)),
-        inputs=lambda: given((1, 16, 16, 9), 500.0),
-        calls=(0, 0)),
+        inputs=lambda: given((1, 16, 16, 9), 500.0), calls=(0, 0)),
     # linear self-attention (SanaLinearAttnProcessor2_0, no softmax); the cross-attention is reached
     "SanaTransformer2DModel": dict(
         config=dict(JOINT, num_cross_attention_heads=2, cross_attention_head_dim=8, cross_attention_dim=16,
                     caption_channels=8, sample_size=4),
-        inputs=lambda: given((4, 4, 4), 500, (5, 8)),
-        calls=(0, 2)),
+        inputs=lambda: given((4, 4, 4), 500, (5, 8)), calls=(0, 2)),
     "SanaVideoTransformer3DModel": dict(
         config=dict(in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=12, num_layers=2,
                     num_cross_attention_heads=2, cross_attention_head_dim=12, cross_attention_dim=24,
