@@ -8,6 +8,8 @@ import torch
 from torch import nn
 
 import erg
+import zoo
+from zoo import given
 
 diffusers = pytest.importorskip("diffusers", reason="diffusers, whose models are tested, is missing")
 
@@ -18,61 +20,50 @@ def normal(*shape, seed=1):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def joint_inputs(model):
-    return dict(hidden_states=normal(2, 4, 8, 8), timestep=torch.tensor([500.0, 500.0]),
-                encoder_hidden_states=normal(2, TEXT, 24, seed=2), pooled_projections=normal(2, 16, seed=3))
+def joint():
+    return given((4, 8, 8), 500.0, (TEXT, 24), pooled_projections=torch.randn(2, 16))
 
 
-def flux_inputs(model):
-    positions = torch.stack([torch.zeros(16), torch.arange(16) // 4, torch.arange(16) % 4], 1).double()
-    return dict(hidden_states=normal(2, 16, 16), timestep=torch.full((2,), 0.5, dtype=torch.float64), img_ids=positions,
-                encoder_hidden_states=normal(2, TEXT, 24, seed=2), pooled_projections=normal(2, 16, seed=3),
-                txt_ids=torch.zeros(TEXT, 3).double())
+def flux():
+    places = torch.stack([torch.zeros(16), torch.arange(16) // 4, torch.arange(16) % 4], 1)
+    return given((16, 16), 0.5, (TEXT, 24), pooled_projections=torch.randn(2, 16), img_ids=places,
+                 txt_ids=torch.zeros(TEXT, 3))
 
 
-def dit_inputs(model):
-    return dict(hidden_states=normal(2, 4, 8, 8), timestep=torch.tensor([500, 500]), class_labels=torch.tensor([1, 2]))
+def pixart():
+    return given((4, 8, 8), 500, (TEXT, 24), encoder_attention_mask=torch.tensor([[1.0] * 5, [1, 1, 1, 0, 0]]))
 
 
-def pixart_inputs(model):
-    mask = torch.ones(2, TEXT, dtype=torch.float64)
-    mask[1, 3:] = 0
-    return dict(hidden_states=normal(2, 4, 8, 8), timestep=torch.tensor([500, 500]), encoder_attention_mask=mask,
-                encoder_hidden_states=normal(2, TEXT, 24, seed=2))
+def unet(**more):
+    return dict(sample=torch.randn(2, 4, 8, 8), timestep=500, encoder_hidden_states=torch.randn(2, TEXT, 24), **more)
 
 
-def unet_inputs(model):
-    given = dict(sample=normal(2, 4, 8, 8), timestep=torch.tensor(500), encoder_hidden_states=normal(2, TEXT, 24, seed=2))
-    if model.config.addition_embed_type:
-        given["added_cond_kwargs"] = dict(text_embeds=normal(2, 16, seed=3), time_ids=torch.ones(2, 6).double())
-    return given
+def sdxl():
+    return unet(added_cond_kwargs=dict(text_embeds=normal(2, 16), time_ids=torch.ones(2, 6).double()))
 
 
-SD3 = dict(sample_size=8, num_layers=4, attention_head_dim=8, num_attention_heads=2, in_channels=4, out_channels=4,
-           joint_attention_dim=24, caption_projection_dim=16, pooled_projection_dim=16, pos_embed_max_size=8)
-UNET = dict(sample_size=8, block_out_channels=(16, 32), layers_per_block=1, cross_attention_dim=24, norm_num_groups=4,
-            down_block_types=("CrossAttnDownBlock2D",) * 2, up_block_types=("CrossAttnUpBlock2D",) * 2)
+SD3 = zoo.SD3 | dict(num_layers=4, joint_attention_dim=24, pooled_projection_dim=16)
+FLUX = zoo.FLUX | dict(in_channels=16, num_layers=2, num_single_layers=2, joint_attention_dim=24,
+                       pooled_projection_dim=16, axes_dims_rope=(2, 2, 4))
+DIT = zoo.HEADS | dict(in_channels=4, out_channels=8, num_layers=4, sample_size=8, num_embeds_ada_norm=10)
+PIXART = zoo.HEADS | dict(in_channels=4, num_layers=3, cross_attention_dim=16, sample_size=8, caption_channels=24)
+UNET = zoo.UNET | dict(block_out_channels=(16, 32), cross_attention_dim=24, norm_num_groups=4,
+                       down_block_types=("CrossAttnDownBlock2D",) * 2, up_block_types=("CrossAttnUpBlock2D",) * 2)
+SDXL = dict(attention_head_dim=(2, 4), transformer_layers_per_block=(1, 2), use_linear_projection=True,
+            addition_embed_type="text_time", addition_time_embed_dim=8, projection_class_embeddings_input_dim=64)
+IMAGE = slice(0, 16)
 # name: (class, configuration, inputs, number of self and cross calls, chosen layers, image queries)
 MODELS = {
-    "SD3": ("SD3Transformer2DModel", SD3, joint_inputs, (4, 0), [1, 2], slice(0, 16)),
-    "SD3.5 with QK-norm": ("SD3Transformer2DModel", SD3 | dict(qk_norm="rms_norm"), joint_inputs, (4, 0), [0, 3],
-                           slice(0, 16)),
-    "SD3.5 medium": ("SD3Transformer2DModel", SD3 | dict(qk_norm="rms_norm", dual_attention_layers=(0, 1)), joint_inputs,
-                     (6, 0), [0, 3, 4], slice(0, 16)),  # self 1 and 3: the image alone
-    "Flux": ("FluxTransformer2DModel", dict(in_channels=16, num_layers=2, num_single_layers=2, attention_head_dim=8,
-                                            num_attention_heads=2, joint_attention_dim=24, pooled_projection_dim=16,
-                                            axes_dims_rope=(2, 2, 4)), flux_inputs, (4, 0), [1, 2], slice(TEXT, TEXT + 16)),
-    "DiT": ("DiTTransformer2DModel", dict(num_attention_heads=2, attention_head_dim=8, in_channels=4, out_channels=8,
-                                          num_layers=4, sample_size=8, num_embeds_ada_norm=10), dit_inputs, (4, 0), [1, 3],
-            None),
-    "PixArt": ("PixArtTransformer2DModel", dict(num_attention_heads=2, attention_head_dim=8, in_channels=4, num_layers=3,
-                                                cross_attention_dim=16, sample_size=8, caption_channels=24), pixart_inputs,
-               (3, 3), [0, 2], None),
-    "SD 1.5": ("UNet2DConditionModel", UNET | dict(attention_head_dim=2), unet_inputs, (7, 7), [2, 3], None),
-    "SDXL": ("UNet2DConditionModel", UNET | dict(
-        attention_head_dim=(2, 4), transformer_layers_per_block=(1, 2), use_linear_projection=True,
-        addition_embed_type="text_time", addition_time_embed_dim=8, projection_class_embeddings_input_dim=64),
-        unet_inputs, (11, 11), [1, 4, 10], None),
+    "SD3": ("SD3Transformer2DModel", SD3, joint, (4, 0), [1, 2], IMAGE),
+    "SD3.5 with QK-norm": ("SD3Transformer2DModel", SD3 | dict(qk_norm="rms_norm"), joint, (4, 0), [0, 3], IMAGE),
+    "SD3.5 medium": ("SD3Transformer2DModel", SD3 | dict(qk_norm="rms_norm", dual_attention_layers=(0, 1)), joint,
+                     (6, 0), [0, 3, 4], IMAGE),  # self 1 and 3: the image alone
+    "Flux": ("FluxTransformer2DModel", FLUX, flux, (4, 0), [1, 2], slice(TEXT, TEXT + 16)),
+    "DiT": ("DiTTransformer2DModel", DIT, lambda: given((4, 8, 8), 500, class_labels=torch.tensor([1, 2])), (4, 0),
+            [1, 3], None),
+    "PixArt": ("PixArtTransformer2DModel", PIXART, pixart, (3, 3), [0, 2], None),
+    "SD 1.5": ("UNet2DConditionModel", UNET | dict(attention_head_dim=2), unet, (7, 7), [2, 3], None),
+    "SDXL": ("UNet2DConditionModel", UNET | SDXL, sdxl, (11, 11), [1, 4, 10], None),
 }
 
 
@@ -88,7 +79,8 @@ def build(name):
         else:
             nn.init.normal_(parameter, std=parameter[0].numel()**-0.5 if parameter.dim() > 1 else 0.3)
     model = model.double().eval().requires_grad_(False)
-    return model, inputs(model)
+    return model, {name: x.double() if torch.is_tensor(x) and x.is_floating_point() else x
+                   for name, x in inputs().items()}
 
 
 def run(model, inputs):
