@@ -5,19 +5,14 @@ import functools
 
 import pytest
 import torch
-from torch import nn
 
 import erg
 import zoo
-from zoo import given
+from zoo import given, normal, randomized
 
 diffusers = pytest.importorskip("diffusers", reason="diffusers, whose models are tested, is missing")
 
 TAU, TEXT = 0.01, 5  # tokens of text
-
-
-def normal(*shape, seed=1):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def joint():
@@ -31,11 +26,13 @@ def flux():
 
 
 def pixart():
-    return given((4, 8, 8), 500, (TEXT, 24), encoder_attention_mask=torch.tensor([[1.0] * 5, [1, 1, 1, 0, 0]]))
+    mask = torch.tensor([[1.0] * 5, [1, 1, 1, 0, 0]])
+    return given((4, 8, 8), 500, (TEXT, 24), encoder_attention_mask=mask)
 
 
 def unet(**more):
-    return dict(sample=torch.randn(2, 4, 8, 8), timestep=500, encoder_hidden_states=torch.randn(2, TEXT, 24), **more)
+    return dict(sample=torch.randn(2, 4, 8, 8), timestep=500, encoder_hidden_states=torch.randn(2, TEXT, 24),
+                **more)
 
 
 def sdxl():
@@ -46,21 +43,25 @@ SD3 = zoo.SD3 | dict(num_layers=4, joint_attention_dim=24, pooled_projection_dim
 FLUX = zoo.FLUX | dict(in_channels=16, num_layers=2, num_single_layers=2, joint_attention_dim=24,
                        pooled_projection_dim=16, axes_dims_rope=(2, 2, 4))
 DIT = zoo.HEADS | dict(in_channels=4, out_channels=8, num_layers=4, sample_size=8, num_embeds_ada_norm=10)
-PIXART = zoo.HEADS | dict(in_channels=4, num_layers=3, cross_attention_dim=16, sample_size=8, caption_channels=24)
+PIXART = zoo.HEADS | dict(in_channels=4, num_layers=3, cross_attention_dim=16, sample_size=8,
+                          caption_channels=24)
 UNET = zoo.UNET | dict(block_out_channels=(16, 32), cross_attention_dim=24, norm_num_groups=4,
-                       down_block_types=("CrossAttnDownBlock2D",) * 2, up_block_types=("CrossAttnUpBlock2D",) * 2)
+                       down_block_types=("CrossAttnDownBlock2D",) * 2,
+                       up_block_types=("CrossAttnUpBlock2D",) * 2)
 SDXL = dict(attention_head_dim=(2, 4), transformer_layers_per_block=(1, 2), use_linear_projection=True,
-            addition_embed_type="text_time", addition_time_embed_dim=8, projection_class_embeddings_input_dim=64)
+            addition_embed_type="text_time", addition_time_embed_dim=8,
+            projection_class_embeddings_input_dim=64)
 IMAGE = slice(0, 16)
 # name: (class, configuration, inputs, number of self and cross calls, chosen layers, image queries)
 MODELS = {
     "SD3": ("SD3Transformer2DModel", SD3, joint, (4, 0), [1, 2], IMAGE),
-    "SD3.5 with QK-norm": ("SD3Transformer2DModel", SD3 | dict(qk_norm="rms_norm"), joint, (4, 0), [0, 3], IMAGE),
-    "SD3.5 medium": ("SD3Transformer2DModel", SD3 | dict(qk_norm="rms_norm", dual_attention_layers=(0, 1)), joint,
-                     (6, 0), [0, 3, 4], IMAGE),  # self 1 and 3: the image alone
+    "SD3.5 with QK-norm": ("SD3Transformer2DModel", SD3 | dict(qk_norm="rms_norm"), joint, (4, 0), [0, 3],
+                           IMAGE),
+    "SD3.5 medium": ("SD3Transformer2DModel", SD3 | dict(qk_norm="rms_norm", dual_attention_layers=(0, 1)),
+                     joint, (6, 0), [0, 3, 4], IMAGE),  # self 1 and 3: the image alone
     "Flux": ("FluxTransformer2DModel", FLUX, flux, (4, 0), [1, 2], slice(TEXT, TEXT + 16)),
-    "DiT": ("DiTTransformer2DModel", DIT, lambda: given((4, 8, 8), 500, class_labels=torch.tensor([1, 2])), (4, 0),
-            [1, 3], None),
+    "DiT": ("DiTTransformer2DModel", DIT, lambda: given((4, 8, 8), 500, class_labels=torch.tensor([1, 2])),
+            (4, 0), [1, 3], None),
     "PixArt": ("PixArtTransformer2DModel", PIXART, pixart, (3, 3), [0, 2], None),
     "SD 1.5": ("UNet2DConditionModel", UNET | dict(attention_head_dim=2), unet, (7, 7), [2, 3], None),
     "SDXL": ("UNet2DConditionModel", UNET | SDXL, sdxl, (11, 11), [1, 4, 10], None),
@@ -69,16 +70,10 @@ MODELS = {
 
 @functools.lru_cache
 def build(name):
-    """The model with random weights everywhere, in float64, and its inputs."""
+    """The model and its inputs, in float64."""
     torch.manual_seed(0)
     kind, config, inputs, *_ = MODELS[name]
-    model = getattr(diffusers, kind)(**config)
-    for parameter_name, parameter in model.named_parameters():
-        if "norm_q" in parameter_name or "norm_k" in parameter_name or "norm_added" in parameter_name:
-            nn.init.constant_(parameter, 2.0)  # attention far from uniform
-        else:
-            nn.init.normal_(parameter, std=parameter[0].numel()**-0.5 if parameter.dim() > 1 else 0.3)
-    model = model.double().eval().requires_grad_(False)
+    model = randomized(getattr(diffusers, kind)(**config))
     return model, {name: x.double() if torch.is_tensor(x) and x.is_floating_point() else x
                    for name, x in inputs().items()}
 
@@ -88,7 +83,7 @@ def run(model, inputs):
 
 
 class ByHand:
-    """diffusers' attention written out with a plain softmax, whose logits are tempered in some rows and queries."""
+    """diffusers' attention written out, whose logits are tempered in some rows and queries."""
 
     def __init__(self, tau, rows, image):
         self.tau, self.rows, self.image = tau, rows, image
@@ -96,7 +91,8 @@ class ByHand:
     def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None,
                  image_rotary_emb=None, temb=None, **kwargs):
         def project(x, kinds, norm_q, norm_k):
-            q, k, v = (getattr(attn, kind)(y).unflatten(-1, (attn.heads, -1)).transpose(1, 2) for kind, y in zip(kinds, x))
+            q, k, v = (getattr(attn, kind)(y).unflatten(-1, (attn.heads, -1)).transpose(1, 2)
+                       for kind, y in zip(kinds, x))
             return norm_q(q) if norm_q else q, norm_k(k) if norm_k else k, v
 
         flux = type(attn).__name__ == "FluxAttention"
@@ -106,14 +102,16 @@ class ByHand:
         if joint:
             parts.append(project([encoder_hidden_states] * 3, ("add_q_proj", "add_k_proj", "add_v_proj"),
                                  attn.norm_added_q, attn.norm_added_k))
-        q, k, v = (torch.cat(part, dim=2) for part in zip(*(parts[::-1] if flux else parts)))  # Flux: text first
+        parts = parts[::-1] if flux else parts  # Flux: text first
+        q, k, v = (torch.cat(part, dim=2) for part in zip(*parts))
         if image_rotary_emb is not None:
             cos, sin = image_rotary_emb  # (S, D): pairs of neighbours are turned
             q, k = (x * cos + torch.stack([-x[..., 1::2], x[..., ::2]], -1).flatten(-2) * sin for x in (q, k))
         logits = q @ k.mT * q.shape[-1]**-0.5
         logits[self.rows, :, self.image or slice(None)] *= self.tau
         if attention_mask is not None:
-            logits = logits + attn.prepare_attention_mask(attention_mask, k.shape[2], len(k)).unflatten(0, (len(k), -1))
+            mask = attn.prepare_attention_mask(attention_mask, k.shape[2], len(k))
+            logits = logits + mask.unflatten(0, (len(k), -1))
         out = (torch.softmax(logits, -1) @ v).transpose(1, 2).flatten(2)
         if not joint:
             return attn.to_out[0](out) if hasattr(attn, "to_out") and attn.to_out is not None else out
@@ -126,7 +124,8 @@ def self_attentions(model, inputs):
     """The modules of self-attention in the order in which they run."""
     order, handles = [], []
     for module in model.modules():
-        if hasattr(module, "processor") and hasattr(module, "to_q") and not getattr(module, "is_cross_attention", False):
+        attends = hasattr(module, "processor") and hasattr(module, "to_q")
+        if attends and not getattr(module, "is_cross_attention", False):
             handles.append(module.register_forward_pre_hook(lambda module, args: order.append(module)))
     run(model, inputs)
     for handle in handles:
@@ -145,7 +144,7 @@ def by_hand(model, inputs, layers, tau, rows=slice(None), image=None):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_equal_to_the_model_changed_by_hand(name):
-    """Chosen layers, rows and image queries are as attention written out in these layers; tau = 1 is nothing."""
+    """Chosen layers, rows and image queries are as attention written out; tau = 1 is nothing."""
     model, inputs = build(name)
     counts, layers, image = MODELS[name][3:]
     plain, atol = run(model, inputs), 1e-5 if name == "Flux" else 1e-10  # Flux turns its queries in float32
@@ -168,11 +167,11 @@ def test_equal_to_the_model_changed_by_hand(name):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_bad_input_leaves_the_model_as_it_was(name):
-    """Layers, rows and image tokens that there are not, and training mode: one error each, and the model untouched."""
+    """Layers, rows and tokens that are not there, and training mode, raise; the model stays as it was."""
     model, inputs = build(name)
     counts, plain = MODELS[name][3], run(model, inputs)
     for wrong, error, message in (
-            (dict(layers=[0, counts[0]]), RuntimeError, f"layer {counts[0]} was not .* {counts[0]} of kind 'self'"),
+            (dict(layers=[0, counts[0]]), RuntimeError, f"layer {counts[0]} was not rectified"),
             (dict(rows=slice(1, 3)), ValueError, r"rows=slice\(1, 3, None\) does not fit the 2 rows"),
             (dict(queries=slice(0, 4096)), ValueError, "queries=slice.* does not fit")):
         with pytest.raises(error, match=message):
@@ -213,12 +212,12 @@ def test_compiled(name, blocks):
 
 
 def test_a_cache_that_skips_blocks_warns():
-    """diffusers' PyramidAttentionBroadcast, which moves the numbers, warns; a layer that it skips is an error."""
+    """PyramidAttentionBroadcast, which shifts the numbers, warns; a layer that it skips is an error."""
     model, inputs = copy.deepcopy(build("Flux"))
     model.enable_cache(diffusers.PyramidAttentionBroadcastConfig(
-        spatial_attention_block_skip_range=2, spatial_attention_block_identifiers=("single_transformer_blocks",),
-        current_timestep_callback=lambda: 500))
-    with pytest.warns(UserWarning, match="made 2 attention calls of kind 'self', and one before it 4: .* cache"):
+        spatial_attention_block_skip_range=2, current_timestep_callback=lambda: 500,
+        spatial_attention_block_identifiers=("single_transformer_blocks",)))
+    with pytest.warns(UserWarning, match="made 2 attention calls.*, and one before it 4: .* cache"):
         with erg.rectify(model, tau=TAU, layers=[1]), model.cache_context("cond"):
             run(model, inputs), run(model, inputs)
     with pytest.raises(RuntimeError, match="layer 3 was not rectified"):

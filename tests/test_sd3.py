@@ -1,4 +1,4 @@
-"""examples/sd3.py: the complete StableDiffusion3Pipeline of diffusers under ERG, at toy size with random weights."""
+"""examples/sd3.py: the complete StableDiffusion3Pipeline under ERG, at toy size with random weights."""
 import copy
 import dataclasses
 import functools
@@ -39,7 +39,7 @@ def latents(pipe, settings, prompt=PROMPT, steps=6, **options):
 
 
 def by_hand(pipe, settings, layers=(6, 7), kappa=0.2, weak=True, steps=6, rows=2, image=slice(0, 24)):
-    """The sampler written out: two forwards a step, the negative's through blocks that compute attention by hand."""
+    """The sampler written out: two forwards a step, the negative's with attention computed by hand."""
     embeddings = sd3.weak_embeddings(pipe, PROMPT, settings, max_sequence_length=SIZE["max_sequence_length"])
     rectified, running = copy.deepcopy(pipe.transformer), 0.0
     for n in layers:
@@ -75,7 +75,7 @@ def test_without_erg_it_is_the_pipeline_itself(pipe):
 
 @pytest.mark.parametrize("apg", [None, erg.APG(), erg.APG(momentum=0.0, eta=0.5, norm_threshold=2.0)])
 def test_erg_is_the_sampler_written_out(pipe, apg):
-    """The paper's settings, I-ERG after kappa on the negative rows' image queries, C-ERG, and APG: as by hand."""
+    """I-ERG after kappa on the negative rows' image queries, C-ERG, APG: as by hand; each setting bites."""
     settings = dataclasses.replace(SETTINGS, apg=apg)
     result = latents(pipe, settings)
     close(result, by_hand(pipe, settings))
@@ -106,12 +106,13 @@ def test_kappa_under_the_shifted_schedule(pipe, kappa, monkeypatch):
 
 
 def test_c_erg_of_the_three_encoders(pipe):
-    """The negative's embeddings are those of encoders changed by hand in Table 7's layers; the prompt's are plain."""
+    """The negative's embeddings are of encoders changed by hand in Table 7's layers."""
     result = sd3.weak_embeddings(pipe, PROMPT, SETTINGS, max_sequence_length=16)
     options = dict(prompt_2=None, prompt_3=None, max_sequence_length=16, do_classifier_free_guidance=False)
     strong, _, pooled, _ = pipe.encode_prompt(PROMPT, **options)
     changed = copy.copy(pipe)
-    layers = {"text_encoder": (12, range(1, 10)), "text_encoder_2": (32, range(1, 31)), "text_encoder_3": (24, range(1, 22))}
+    layers = {"text_encoder": (12, range(1, 10)), "text_encoder_2": (32, range(1, 31)),
+              "text_encoder_3": (24, range(1, 22))}
     for name, (depth, chosen) in layers.items():
         encoder = copy.deepcopy(getattr(pipe, name))
         modules = attentions(encoder)
@@ -120,15 +121,17 @@ def test_c_erg_of_the_three_encoders(pipe):
             modules[n].forward = functools.partial(hand_attention, modules[n], 0.1, 1.0)
         setattr(changed, name, encoder)
     weak, _, weak_pooled, _ = changed.encode_prompt(PROMPT, **options)
-    assert torch.equal(result["prompt_embeds"], strong) and torch.equal(result["pooled_prompt_embeds"], pooled)
+    assert torch.equal(result["prompt_embeds"], strong)
+    assert torch.equal(result["pooled_prompt_embeds"], pooled)
     torch.testing.assert_close(result["negative_prompt_embeds"], weak, rtol=0, atol=1e-9)
     torch.testing.assert_close(result["negative_pooled_prompt_embeds"], weak_pooled, rtol=0, atol=1e-9)
-    for part in (weak - strong)[:, :32, :32], (weak - strong)[:, :32, 32:], (weak - strong)[:, 32:]:  # CLIP-L, -G, T5
-        assert part.abs().max() > 1e-2
+    change = (weak - strong).abs()
+    for part in change[:, :32, :32], change[:, :32, 32:], change[:, 32:]:  # CLIP-L, CLIP-G, T5
+        assert part.max() > 1e-2
 
 
 def test_the_pipeline_is_left_as_it_was(pipe):
-    """After ERG, and after errors of all kinds, the pipeline's own latents are bit-identical to those before."""
+    """After ERG, and after errors of all kinds, the pipeline's own latents are those before, bit by bit."""
     before = latents(pipe, erg.ERG(w=5.0))
     latents(pipe, SETTINGS)
     for error, message, wrong in (
@@ -137,7 +140,8 @@ def test_the_pipeline_is_left_as_it_was(pipe):
             (ValueError, "queries=slice.* does not fit the .* queries", dict(queries=slice(0, 4096))),
             (ValueError, "w=1.0 must be a number greater than 1", dict(w=1.0)),
             (ValueError, "w=<function", dict(w=lambda t: 5.0)),
-            (ValueError, "layers_c=.* names no layers of t5", dict(layers_c=dict.fromkeys(list(sd3.ENCODERS)[:2], [1])))):
+            (ValueError, "layers_c=.* names no layers of t5",
+             dict(layers_c=dict.fromkeys(list(sd3.ENCODERS)[:2], [1])))):
         with pytest.raises(error, match=message):
             latents(pipe, dataclasses.replace(SETTINGS, **wrong))
     pipe.text_encoder_2.train()
@@ -155,17 +159,19 @@ def test_a_context_for_other_pictures_raises(pipe):
             (2, 128, dict(), "height=128, width=96 are 48 image tokens, but the pipeline makes 24"),
             (1, 64, dict(), r"has 4 rows where \[2\] were expected"),
             (2, 64, dict(guidance_scale=1.0), r"has 2 rows where \[4\] were expected"),
-            (2, 64, dict(skip_guidance_layers=[3], skip_layer_guidance_stop=0.9, num_inference_steps=4), "has 2 rows")):
+            (2, 64, dict(skip_guidance_layers=[3], skip_layer_guidance_stop=0.9, num_inference_steps=4),
+             "has 2 rows")):
         with pytest.raises(ValueError, match=message):
             with sd3.guided(pipe, SETTINGS, rows, height, 96):
                 pipe(**options | change)
 
 
 def test_fewer_parts(pipe):
-    """I-ERG alone with either negative, C-ERG alone, several images a prompt, and a pipeline without T5 run and differ."""
+    """I-ERG with either negative, C-ERG, several images, and a pipeline without T5 run and differ."""
     none = dict(tau_c=1.0, layers_c=None)
     results = [latents(pipe, settings) for settings in (
-        erg.ERG(w=5.0), dataclasses.replace(SETTINGS, **none), dataclasses.replace(SETTINGS, **none, negative="same"),
+        erg.ERG(w=5.0), dataclasses.replace(SETTINGS, **none),
+        dataclasses.replace(SETTINGS, **none, negative="same"),
         erg.ERG(w=5.0, tau_c=0.1, layers_c=SETTINGS.layers_c), SETTINGS)]
     smaller = copy.copy(pipe)
     smaller.text_encoder_3 = None

@@ -31,7 +31,8 @@ class Model:
     """A denoiser of the zoo in evaluation mode, every weight random, and its inputs."""
 
     def __init__(self, name):
-        self.entry = dict(dict(kind="self", image=None, main="hidden_states", output=first, tolerance=1e-5), **ALL[name])
+        self.entry = dict(dict(kind="self", image=None, main="hidden_states", output=first, tolerance=1e-5),
+                          **ALL[name])
         torch.manual_seed(0)
         self.module = getattr(diffusers, name)(**self.entry["config"]).eval().requires_grad_(False)
         for key, p in self.module.named_parameters():

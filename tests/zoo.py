@@ -11,6 +11,7 @@ output: a function of what the forward returns: a tensor that all calls reach; i
 tolerance: of the comparison with attention by hand, where a model computes it in bfloat16; 1e-5 by default.
 """
 import torch
+from torch import nn
 
 randn, zeros, ones = torch.randn, torch.zeros, torch.ones
 
@@ -23,6 +24,22 @@ def given(image, time, text=None, **more):
     """Inputs by their usual names; the shapes of image and text are those of one of two samples."""
     texts = {} if text is None else dict(encoder_hidden_states=randn(2, *text))
     return dict(hidden_states=randn(2, *image), timestep=full(2, time), **texts, **more)
+
+
+def normal(*shape, seed=1):
+    """The same numbers at each call, in float64."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def randomized(model, seed=0):
+    """The model in float64, every weight random and attention far from uniform."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, p in model.named_parameters():
+        if "norm_q" in name or "norm_k" in name or "norm_added" in name:
+            nn.init.constant_(p, 2.0)
+        else:
+            nn.init.normal_(p, std=p[0].numel()**-0.5 if p.dim() > 1 else 0.3, generator=generator)
+    return model.double().eval().requires_grad_(False)
 
 
 # What several configurations share
