@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from experiments import data
+from toy import data
 
 BODY = bytes(range(256)) * 1000
 RECORDS = np.random.default_rng(0).integers(0, 256, (12, 3073), np.uint8)
@@ -131,14 +131,6 @@ def test_a_bad_reply_is_one_data_error(web, tmp_path, reply, fault):
         data.fetch("file.bin", tmp_path, source(web.url + "a/", web.url + "b/"), timeout=0.3)
     assert all(f"{web.url}{mirror}/file.bin: " in str(error.value) for mirror in "ab")
     assert fault in str(error.value) and tree(tmp_path) == [] and time.monotonic() - start < 5
-
-
-def test_no_network_is_one_data_error(dead, tmp_path):
-    """With no mirror in reach, one DataError names them and says what to do, and no file is left."""
-    with pytest.raises(data.DataError, match="by hand") as error:
-        data.fetch("file.bin", tmp_path, source(dead, dead + "second/"))
-    assert f"{dead}file.bin" in str(error.value) and f"{dead}second/file.bin" in str(error.value)
-    assert tree(tmp_path) == []
 
 
 @pytest.mark.parametrize("folder", ["taken", "taken/deeper", "x" * 300], ids="file below-file long-name".split())

@@ -1,10 +1,11 @@
-"""experiments/metrics.py against closed forms, slow loops, and other libraries."""
+"""toy/metrics.py against closed forms, slow loops, and other libraries."""
 import colorsys
 
 import pytest
 import torch
 
-from experiments.metrics import ball_radii, frechet_distance, mean_ranks, precision_recall_density_coverage, saturation
+from toy.metrics import (AttributeClassifier, ball_radii, frechet_distance, mean_ranks,
+                         precision_recall_density_coverage, saturation, shift_and_flip)
 
 
 def two_sets(n=60, m=45, dimensions=6, seed=4):
@@ -220,3 +221,29 @@ def test_radii_can_be_computed_once():
     assert precision_recall_density_coverage(real, fake, 4, real_radius=ball_radii(real, 4)) == precision_recall_density_coverage(real, fake, 4)
     with pytest.raises(ValueError, match=r"real_radius has the shape \(30,\)"):
         precision_recall_density_coverage(real, fake, 4, real_radius=ball_radii(fake, 4))
+
+
+# The classifier
+
+
+@pytest.mark.parametrize("network, size, most", [("plain", 8, 0.15e6), ("plain", 28, 0.15e6), ("residual", 32, 0.5e6)])
+def test_classifier_heads_and_accuracy(network, size, most):
+    """The classifier has a head an attribute; accuracy counts each, and all at once."""
+    classifier = AttributeClassifier((10, 6, 4), network).eval()
+    x = torch.rand(5, 3, size, size)
+    outputs = classifier(x)
+    assert [y.shape for y in outputs] == [(5, 10), (5, 6), (5, 4)]
+    right = torch.stack([y.argmax(1) for y in outputs], 1)
+    right[0, 0] = (right[0, 0] + 1) % 10
+    right[1, 2] = (right[1, 2] + 1) % 4
+    assert classifier.accuracy(x, right, batch=2) == pytest.approx([0.8, 1.0, 0.8, 0.6])
+    assert sum(p.numel() for p in classifier.parameters()) < most
+
+
+def test_shifts_and_flips_move_whole_images():
+    """Every result is the image or its mirror, moved by at most 4 pixels onto black; all moves occur."""
+    x = 1 + torch.rand(1, 3, 6, 6, generator=torch.Generator().manual_seed(0))
+    padded = torch.nn.functional.pad(torch.cat([x, x.flip(3)]), (4,) * 4)
+    moves = {padded[m, :, r:r + 6, c:c + 6].numpy().tobytes() for m in (0, 1) for r in range(9) for c in range(9)}
+    moved = shift_and_flip(x.expand(4000, -1, -1, -1), torch.Generator().manual_seed(0))
+    assert {image.contiguous().numpy().tobytes() for image in moved} == moves

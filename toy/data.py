@@ -7,6 +7,8 @@
 `digits` and `mnist` are handwriting, coloured at load time: "a red seven on blue".
 `cifar10` has captions such as "a photo of a horse".
 """
+import dataclasses
+import functools
 import gzip
 import hashlib
 import http.client
@@ -27,11 +29,13 @@ DIGITS = "zero one two three four five six seven eight nine".split()
 OBJECTS = "airplane automobile bird cat deer dog frog horse ship truck".split()
 INKS = {"red": (1.0, 0.2, 0.15), "green": (0.2, 0.85, 0.3), "blue": (0.3, 0.5, 1.0),
         "yellow": (1.0, 0.9, 0.2), "purple": (0.75, 0.3, 1.0), "white": (1.0, 1.0, 1.0)}
-PAPERS = {"black": (0.0, 0.0, 0.0), "red": (0.35, 0.0, 0.0), "green": (0.0, 0.25, 0.0), "blue": (0.0, 0.0, 0.4)}
+PAPERS = {"black": (0.0, 0.0, 0.0), "red": (0.35, 0.0, 0.0), "green": (0.0, 0.25, 0.0),
+          "blue": (0.0, 0.0, 0.4)}
 # Dark papers: bright ones would dominate the loss, and the digits would be learned late.
 
 SHIPPED = Path(__file__).resolve().parent.parent / "data"
-NAMES = ("digits", "mnist", "cifar10")
+SIZES = {"digits": 8, "mnist": 28, "cifar10": 32}  # pixels a side
+NAMES = tuple(SIZES)
 
 # ------------------------------------------------------------------------------------------------
 # Images with captions
@@ -60,23 +64,40 @@ class Images:
         words = "a photo of" if self.name == "cifar10" else "a on"
         return tuple(dict.fromkeys(words.split() + [w for names in self.attributes.values() for w in names]))
 
-    def batch(self, rows, generator=None):
-        """Images (B, 3, S, S) in [-1, 1], their B captions, their attributes (B, A) int64.
+    def to(self, device):
+        return dataclasses.replace(self, pixels=self.pixels.to(device), labels=self.labels.to(device))
+
+    def draw(self, rows, generator=None):
+        """Images (B, 3, S, S) in [-1, 1] and attributes (B, A), on the device of the pixels and `generator`.
 
         Handwriting gets a random ink and paper from `generator`, never the same word for both.
         """
         labels = self.labels[rows]
         if self.name == "cifar10":
-            x = self.pixels[rows].float() / 127.5 - 1
-            return x, [caption(OBJECTS[n]) for n in labels.tolist()], labels[:, None]
-        inks, papers = list(INKS), list(PAPERS)
-        pairs = torch.tensor([(i, p) for i, ink in enumerate(inks) for p, paper in enumerate(papers) if ink != paper])
-        pair = pairs[torch.randint(len(pairs), labels.shape, generator=generator)]  # (B, 2)
-        ink = torch.tensor(list(INKS.values()))[pair[:, 0], :, None, None]  # (B, 3, 1, 1)
-        paper = torch.tensor(list(PAPERS.values()))[pair[:, 1], :, None, None]
+            return self.pixels[rows].float() / 127.5 - 1, labels[:, None]
+        inks, papers, pairs = palette(labels.device)
+        chosen = torch.randint(len(pairs), labels.shape, generator=generator, device=labels.device)
+        pair = pairs[chosen]  # (B, 2)
+        ink, paper = inks[pair[:, 0], :, None, None], papers[pair[:, 1], :, None, None]  # each (B, 3, 1, 1)
         grey = self.pixels[rows][:, None].float() / 255  # (B, 1, S, S)
-        captions = [caption(DIGITS[n], inks[i], papers[p]) for n, (i, p) in zip(labels.tolist(), pair.tolist())]
-        return 2 * (paper + grey * (ink - paper)) - 1, captions, torch.cat([labels[:, None], pair], dim=1)
+        return 2 * (paper + grey * (ink - paper)) - 1, torch.cat([labels[:, None], pair], dim=1)
+
+    def captions(self, attributes):
+        """The captions of attributes (B, A): a list of B strings."""
+        names = list(self.attributes.values())
+        return [caption(*(words[n] for words, n in zip(names, row))) for row in attributes.tolist()]
+
+    def batch(self, rows, generator=None):
+        """Images (B, 3, S, S), their B captions, their attributes (B, A): `draw` with captions."""
+        x, attributes = self.draw(rows, generator)
+        return x, self.captions(attributes), attributes
+
+
+@functools.cache
+def palette(device):
+    """Colours of inks (6, 3) and papers (4, 3), and the pairs of their numbers (n, 2) that are allowed."""
+    pairs = [(i, p) for i, ink in enumerate(INKS) for p, paper in enumerate(PAPERS) if ink != paper]
+    return tuple(torch.tensor(y, device=device) for y in (list(INKS.values()), list(PAPERS.values()), pairs))
 
 
 def caption(word, ink=None, paper=None):
@@ -108,8 +129,8 @@ def load(name, folder=None, split="train"):
         files = [fetch(f"{prefix}-{kind}-ubyte.gz", folder, MNIST) for kind in ("images-idx3", "labels-idx1")]
         pixels, labels = (read_idx(file) for file in files)
         if pixels.ndim != 3 or labels.shape != pixels.shape[:1] or (labels > 9).any():
-            raise DataError(f"{files[0]} and {files[1].name} are not images with a label from 0 to 9 for each; "
-                            "delete both, and they are downloaded again")
+            raise DataError(f"{files[0]} and {files[1].name} are not images with a label from 0 to 9 "
+                            "for each; delete both, and they are downloaded again")
         return Images(name, torch.from_numpy(pixels), torch.from_numpy(labels.astype(np.int64)), handwriting)
     records = np.concatenate([read_records(file) for file in cifar10_files(folder, split)])
     return Images(name, torch.from_numpy(records[:, 1:].reshape(-1, 3, 32, 32)),
@@ -142,8 +163,8 @@ def read_records(path):
     """CIFAR-10's binary records: (n, 3073) uint8, the label and then 3 x 32 x 32 pixels."""
     raw = np.fromfile(path, np.uint8)
     if len(raw) == 0 or len(raw) % 3073 or raw.reshape(-1, 3073)[:, 0].max() > 9:
-        raise DataError(f"{path} is damaged ({len(raw):,} bytes are not whole CIFAR-10 records of 3,073 bytes "
-                        "with labels 0 to 9); delete it, and it is unpacked again")
+        raise DataError(f"{path} is damaged ({len(raw):,} bytes are not whole CIFAR-10 records of 3,073 "
+                        "bytes with labels 0 to 9); delete it, and it is unpacked again")
     return raw.reshape(-1, 3073)
 
 
@@ -155,10 +176,11 @@ def cifar10_files(folder, split):
         archive = fetch("cifar-10-binary.tar.gz", folder, CIFAR10)
         try:
             with tarfile.open(archive, "r:gz") as tar:
-                for member in tar:  # nothing leaves `inner`, whatever the archive says: names are taken from our list
+                for member in tar:  # names are taken from our list, so nothing leaves `inner`
                     name = Path(member.name).name
                     if member.isfile() and (name in names) and member.name == f"cifar-10-batches-bin/{name}":
-                        write_whole(inner / name, lambda out: shutil.copyfileobj(tar.extractfile(member), out))
+                        packed = tar.extractfile(member)
+                        write_whole(inner / name, lambda out: shutil.copyfileobj(packed, out))
         except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
             raise DataError(f"cannot unpack {archive} ({error}); if it is damaged, delete it, "
                             "and it is downloaded again") from error
@@ -237,7 +259,7 @@ def fetch(name, folder, source, timeout=30):
 
 
 def download(url, file, md5, timeout):
-    """Write the body of `url` into `file`, with a progress bar; OSError if it is short or its sum is wrong."""
+    """Write the body of `url` into `file`, with a progress bar; OSError if length or sum is wrong."""
     digest, received = hashlib.md5(), 0
     with urllib.request.urlopen(url, timeout=timeout) as reply:
         expected = int(reply.headers.get("Content-Length") or 0)

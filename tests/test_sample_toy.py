@@ -1,0 +1,139 @@
+"""sample_toy.py and toy/sampling.py: every method and parameter, and the shipped weights."""
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import sample_toy
+from toy import data
+from toy.drawing import colour
+from toy.metrics import AttributeClassifier
+from toy.sampling import CADS, METHODS, WEIGHTS, export, generate, load_checkpoint, prepare, recommended
+
+ROOT = Path(sample_toy.__file__).resolve().parent
+SHIPPED = sorted(path.stem for path in WEIGHTS.glob("*.pt"))
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """A checkpoint whose every weight matters, as the sampler sees it."""
+    from conftest import random_model
+    model = random_model(depth=6, vocabulary=data.load("digits").vocabulary).float()
+    path = tmp_path_factory.mktemp("checkpoint") / "digits.pt"
+    export(path, model, AttributeClassifier((10, 6, 4)), torch.randn(8, 64), {})
+    return str(path)
+
+
+def draw(checkpoint, folder, **options):
+    options = dict(prompt="a red seven on blue", count=2, steps=6) | options
+    return sample_toy.main(checkpoint=checkpoint, out=str(folder), **options)
+
+
+def test_every_mechanism_changes_the_picture(checkpoint, tmp_path):
+    """Each parameter, method, seed and prompt changes the sample, and gives the same again."""
+    changes = [dict(), dict(w=3.0), dict(tau_i=0.5), dict(tau_c=0.5), dict(alpha=0.8), dict(gamma=1.5),
+               dict(tau_i=0.5, K=2), dict(kappa=0.6), dict(layers=range(4, 6)), dict(seed=1),
+               dict(method="i-erg", negative="same"),
+               *(dict(method=name) for name in METHODS if name != "erg")]
+    results = [draw(checkpoint, tmp_path, **change) for change in changes]
+    for i, a in enumerate(results):
+        assert torch.equal(a, draw(checkpoint, tmp_path, **changes[i]))
+        for j, b in enumerate(results[:i]):
+            assert (a - b).abs().max() > 1e-3, (changes[i], changes[j])
+    assert (tmp_path / "erg.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("options, message", [
+    (dict(method="none", w=2.0), "w=2.0 has no effect with method='none'"),
+    (dict(method="cfg", tau_i=0.1), "tau_i=0.1 has no effect with method='cfg', which obeys: w"),
+    (dict(method="i-erg", tau_c=0.1), "tau_c=0.1 has no effect"),
+    (dict(method="erg", negative="same"), "negative='same' has no effect"),
+    (dict(method="cfg", prompt=""), "method='cfg' has no effect with an empty prompt"),
+    (dict(dataset="mnist"), "was not trained on dataset='mnist'"),
+    (dict(compare=True), "either a prompt or compare"), (dict(count=0), "count=0 must be at least 1"),
+])
+def test_what_would_do_nothing_is_refused(checkpoint, tmp_path, options, message):
+    """A parameter that the method ignores, and a value out of range, are errors that name it."""
+    with pytest.raises(ValueError, match=re.escape(message)):
+        draw(checkpoint, tmp_path, **options)
+
+
+def test_compare_tables_every_method(checkpoint, tmp_path, capsys):
+    """--compare has a row for each method, and one method alone has the same numbers."""
+    options = dict(compare=True, checkpoint=checkpoint, out=str(tmp_path), samples=12, steps=3)
+    rows = sample_toy.main(**options)
+    assert list(rows) == ["held out", *(METHODS[name].label for name in sample_toy.COMPARED)]
+    assert "ERG + CADS" in capsys.readouterr().out and (tmp_path / "digits.png").is_file()
+    assert sample_toy.main(method="c-erg", **options)["C-ERG"] == rows["C-ERG"]
+
+
+def test_the_command_line_speaks_clearly(checkpoint, tmp_path):
+    """A wrong word names the vocabulary, a missing checkpoint those that exist, a wrong range its form."""
+    for arguments, message in ((["a pink seven", "--checkpoint", checkpoint], "unknown word 'pink'"),
+                               (["seven", "--checkpoint", "nowhere.pt"], "'nowhere.pt' does not exist"),
+                               (["seven", "--layers", "5:3"], "must be FIRST:END")):
+        command = [sys.executable, ROOT / "sample_toy.py", "--out", tmp_path, "--prompt", *arguments]
+        alone = {**os.environ, "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(command, capture_output=True, text=True, env=alone)
+        assert done.returncode != 0 and message in done.stderr and "Traceback" not in done.stderr
+
+
+def test_the_table_of_methods():
+    """A parameter that is missing is named, and labels with settings have their method's colour."""
+    with pytest.raises(ValueError, match="tau_c is missing for method='c-erg'"):
+        prepare("c-erg", w=2.0)
+    with pytest.raises(ValueError, match="method='sgd' must be one of none, cfg"):
+        prepare("sgd")
+    assert colour("ERG + APG, w = 2") == METHODS["erg+apg"].colour and colour("2:4") == METHODS["erg"].colour
+
+
+def test_the_sample_does_not_depend_on_the_batch(checkpoint):
+    """Without CADS an image depends on its caption and its noise alone, however many are drawn together."""
+    model, *_ = load_checkpoint(checkpoint)
+    erg, captions = prepare("erg", **recommended("erg", "digits")), ["a red seven on blue", "seven", "a two"]
+    together, apart = (generate(model, captions, erg, steps=3, batch=batch) for batch in (3, 1))
+    torch.testing.assert_close(together, apart, rtol=0, atol=1e-4)
+
+
+def test_cads_anneals_the_positive_alone(checkpoint):
+    """CADS is noise early on and the condition itself later; a negative "same" is never annealed."""
+    y, cads = torch.randn(3, 4, 5), CADS()
+    assert torch.equal(cads.anneal(y, 0.5), y) and not torch.allclose(cads.anneal(y, 0.2), y)
+    noise = cads.anneal(y, 0.0)
+    torch.testing.assert_close(noise.std((1, 2)), y.std((1, 2)))
+    assert not torch.allclose(noise, y, atol=0.1)
+    model, *_ = load_checkpoint(checkpoint)
+    tokens = torch.tensor([[1, 2, 3, 0, 0, 0]])
+    parameters = dict(w=2.0, tau_i=0.1, layers=range(1, 3), negative="same")
+    condition, guidance = prepare("erg+cads", **parameters)(model, tokens, 0 * tokens, seed=0)
+    x, seen = torch.randn(1, 3, 8, 8), []
+    model.register_forward_pre_hook(lambda module, args: seen.append(args[2]))
+    with torch.no_grad():
+        guidance(model, x, 0.0, condition)
+    assert len(seen) == 1 and torch.equal(seen[0][1:], condition)
+    assert not torch.allclose(seen[0][:1], condition)
+
+
+def test_digits_and_mnist_are_shipped():
+    """The repository holds a checkpoint and its early model of both, and 40 MB of weights at most."""
+    assert {"digits", "digits-early", "mnist", "mnist-early"} <= set(SHIPPED)
+    assert sum(path.stat().st_size for path in WEIGHTS.glob("*.pt")) < 40e6
+
+
+@pytest.mark.parametrize("name", [name for name in SHIPPED if not name.endswith("-early")])
+def test_shipped_weights_draw_what_the_prompt_says(name):
+    """Unguided samples show the prompt to the shipped classifier; with CFG they show it more often."""
+    model, classifier, reference, _ = load_checkpoint(WEIGHTS / f"{name}.pt")
+    words = data.OBJECTS if name == "cifar10" else data.DIGITS
+    labels = torch.arange(40) % 10
+    captions = [data.caption(words[n], *(() if name == "cifar10" else ("red", "blue"))) for n in labels]
+    accuracy = []
+    for method in ("none", "cfg"):
+        x = generate(model, captions, prepare(method, **recommended(method, name)), steps=12)
+        accuracy.append(classifier.accuracy(x, labels[:, None])[0])
+    assert accuracy[0] > 0.7 and accuracy[1] >= accuracy[0] - 0.05, accuracy
+    assert reference.shape[0] >= 1000
