@@ -14,9 +14,9 @@ t > kappa (I-ERG), and in the text encoder at all t (C-ERG).
 Inside somebody else's sampler: `with erg.rectify(model, tau=0.01, layers={6, 7}, rows=...): ...`
 
 Conventions: t = 0 is noise, t = 1 is data; x_t = (1 - t) * noise + t * data; v = data - noise. w = 1 is off.
-tau multiplies beta = 1/sqrt(d): tau < 1 flattens attention, tau > 1 sharpens it, and tau = 0 is uniform attention,
-not "off". alpha = gamma = tau = K = 1 is ordinary attention. Layers are range(l_min, l_max), l_max exclusive,
-numbered among the self-attention calls.
+tau multiplies beta = 1/sqrt(d): tau < 1 flattens attention, tau > 1 sharpens it, and tau = 0 is uniform
+attention, not "off". tau = alpha = gamma = K = 1 is ordinary attention. Layers are range(l_min, l_max), l_max
+exclusive, numbered among the self-attention calls.
 
 Shapes: B batch, H heads, S queries, N keys, D = d head dimension.
 Needs PyTorch 2.6 or newer and nothing else. MIT licence.
@@ -76,13 +76,13 @@ def energy_attention(q, k, v, *, tau=1.0, alpha=1.0, gamma=1.0, K=1, queries=Non
                      attn_mask=None, is_causal=False, scale=None, enable_gqa=False):
     """K times q <- q - gamma * (q - alpha * softmax(tau * beta * q k^T) v) (Algorithm 1).
 
-    q (B, H, S, D), k, v (B, H, N, D) -> (B, H, S, D). tau is a number, or a tensor (B,) with one for each sample.
-    `queries` is a slice of S: tau, and only tau, is restricted to these queries (Listing 2: the image tokens).
-    beta is `scale`, 1/sqrt(D) by default. Masks, boolean or additive, are not tempered. Each step is one call of
-    F.scaled_dot_product_attention, whose arguments the others are. So no S x N matrix is kept, and with
-    tau = alpha = gamma = K = 1 the result is its own, bit for bit.
+    q (B, H, S, D), k, v (B, H, N, D) -> (B, H, S, D). tau is a number, or a tensor (B,), one a sample.
+    `queries` is a slice of S: it restricts tau, and only tau, to these queries (Listing 2: the image tokens).
+    beta is `scale`, 1/sqrt(D) by default. Masks, boolean or additive, are not tempered. Each step is one call
+    of F.scaled_dot_product_attention, so no S x N matrix is kept. With tau = alpha = gamma = K = 1 the result
+    is its own, bit for bit.
 
-    Algorithm 1 pulls the query towards the values, `hopfield_step` towards the keys: the same if v = k.
+    Algorithm 1 pulls queries towards the values, `hopfield_step` towards the keys: the same if v = k.
     Listing 2 scales q once, residual included: the same only for gamma = K = 1.
     Raises ValueError for a number out of range, and if v is not as wide as q unless gamma = K = 1.
     """
@@ -90,13 +90,13 @@ def energy_attention(q, k, v, *, tau=1.0, alpha=1.0, gamma=1.0, K=1, queries=Non
     if (gamma != 1 or K > 1) and v.shape[-1] != q.shape[-1]:
         raise ValueError(f"v is {v.shape[-1]} wide and q {q.shape[-1]}: they must agree unless gamma = K = 1")
     factor = None
-    if isinstance(tau, Tensor) or queries is not None or tau == 0:  # scale = 0 would meet a mask's -inf as NaN
+    if isinstance(tau, Tensor) or queries is not None or tau == 0:  # scale = 0 times a mask's -inf is NaN
         factor = _temper(q, tau, queries=queries)
     elif tau != 1:  # a plain number is free of charge: it goes into the kernel's scale
         scale = tau * (q.shape[-1] ** -0.5 if scale is None else scale)
+    options = dict(attn_mask=attn_mask, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa)
     for _ in range(K):
-        attended = F.scaled_dot_product_attention(q if factor is None else q * factor, k, v, attn_mask=attn_mask,
-                                                  is_causal=is_causal, scale=scale, enable_gqa=enable_gqa)
+        attended = F.scaled_dot_product_attention(q if factor is None else q * factor, k, v, **options)
         attended = attended if alpha == 1 else alpha * attended  # (B, H, S, D)
         q = attended if gamma == 1 else q - gamma * (q - attended)  # the residual is not tempered
     return q
@@ -108,11 +108,12 @@ def _temper(q, tau, rows=None, queries=None):
     _check_slice("queries", queries, q.shape[-2])
     factor = torch.ones_like(q[..., :1])  # (B, H, S, 1)
     chosen = factor[rows or slice(None), ..., queries or slice(None), :]
-    if isinstance(tau, Tensor):
-        if tau.shape not in ((), (len(chosen),)):
-            raise ValueError(f"tau has the shape {tuple(tau.shape)}; it must be a number or ({len(chosen)},), one a row")
-        tau = tau.reshape(-1, *[1] * (q.dim() - 1)).to(q)  # (B, 1, 1, 1)
-    chosen.copy_(tau) if isinstance(tau, Tensor) else chosen.fill_(tau)  # a CUDA graph refuses copies from the host
+    if not isinstance(tau, Tensor):
+        chosen.fill_(tau)
+    elif tau.shape in ((), (len(chosen),)):
+        chosen.copy_(tau.reshape(-1, *[1] * (q.dim() - 1)))
+    else:
+        raise ValueError(f"tau is {tuple(tau.shape)}; it must be a number or ({len(chosen)},), one a row")
     return factor
 
 
@@ -122,16 +123,16 @@ def _temper(q, tau, rows=None, queries=None):
 def guide(v_pos, v_neg, w):
     """w * v_pos + (1 - w) * v_neg, on every channel (eq. 10).
 
-    Velocity, noise, data and score are affine in each other with x_t fixed, and the weights sum to 1. So it is the
-    same guidance for models that predict any of them. Raises ValueError if the two shapes differ.
+    Velocity, noise, data and score are affine in each other with x_t fixed, and the weights sum to 1. So it
+    is the same guidance for models that predict any of them. Raises ValueError if the two shapes differ.
     """
     if v_pos.shape != v_neg.shape:
-        raise ValueError(f"v_neg has the shape {tuple(v_neg.shape)}; it must be that of v_pos, {tuple(v_pos.shape)}")
+        raise ValueError(f"v_neg is {tuple(v_neg.shape)}; it must be {tuple(v_pos.shape)}, as v_pos is")
     return v_pos + (w - 1) * (v_pos - v_neg)  # rounds less in half precision, and w = 1 is exactly v_pos
 
 
 def project(v, onto):
-    """v (B, ...) as its part parallel to `onto` and the orthogonal rest, per sample over all other dimensions."""
+    """v (B, ...) as its part parallel to `onto` and the orthogonal rest, per sample over all dimensions."""
     dims = tuple(range(1, v.dim()))
     unit = onto / torch.linalg.vector_norm(onto, dim=dims, keepdim=True).clamp_min(1e-12)
     parallel = (v * unit).sum(dims, keepdim=True) * unit
@@ -140,20 +141,20 @@ def project(v, onto):
 
 # ---- 4. Rectifying the attention of any model --------------------------------------------------------------
 #
-# While a context is open, `_attend` stands in the place of F.scaled_dot_product_attention, and a model's `forward`
-# tells when it begins and ends. In between, every call is numbered, and energy attention answers the chosen
-# ones. So the queries are reached after QK-norm and rotary embedding, where the paper tempers them.
+# During a rectified forward, `_attend` stands in the place of F.scaled_dot_product_attention. It numbers each
+# call, and has the chosen ones answered by energy attention. So queries are reached after QK-norm and rotary
+# embedding, where the paper tempers them, in models that know nothing of it.
 
 
 class _Thread(threading.local):
     def __init__(self):
-        self.active = ()  # the rectifiers whose forwards are under way in this thread, in the order of contexts
-        self.outer = None  # while a call is answered: those of them that chose it, too, and see the answer's steps
+        self.active = ()  # the rectifiers whose forwards are under way in this thread, by their age
+        self.outer = None  # while a call is answered: those of them that chose it, too, and see its steps
 
 
 _thread = _Thread()
 _lock = threading.Lock()
-_open = []  # an entry for each open context, of any thread; the first one's is what to put back
+_under_way = []  # an entry for each forward, of any thread; the first one's is what to put back
 _plain, _plain_multi_head = F.scaled_dot_product_attention, F.multi_head_attention_forward
 
 
@@ -165,7 +166,7 @@ def _attend(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, s
     if not chosen:
         return _plain(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
     if dropout_p:
-        raise ValueError(f"dropout_p={dropout_p} in a rectified attention call: put the model in evaluation mode")
+        raise ValueError(f"dropout_p={dropout_p} in a rectified call: call the model's eval() first")
     _thread.outer = chosen[:-1]
     try:
         return chosen[-1].answer(query, key, value, attn_mask=attn_mask, is_causal=is_causal, scale=scale,
@@ -175,7 +176,7 @@ def _attend(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, s
 
 
 def _multi_head(*args, **kwargs):
-    """Stands in the place of F.multi_head_attention_forward, which with weights calls no attention function."""
+    """Stands in the place of F.multi_head_attention_forward, which with weights calls no function of ours."""
     for rectifier in _thread.active if kwargs.get("need_weights", True) else ():
         rectifier.counts[-1]["missed"] += 1
     return _plain_multi_head(*args, **kwargs)
@@ -183,18 +184,18 @@ def _multi_head(*args, **kwargs):
 
 @functools.lru_cache(maxsize=1)
 def _holders(function, modules):
-    """Globals of modules that say `from torch.nn.functional import` function; `modules` is how many there are."""
+    """Globals of modules that imported the function by name; `modules` is how many modules there are."""
     spaces = [vars(m) for name, m in list(sys.modules.items()) if m and name.partition(".")[0] != "torch"]
     return [space for space in spaces if any(value is function for value in list(space.values()))]
 
 
 @contextlib.contextmanager
-def _interception():
-    """Put `_attend` where the function is, and the function back when the last context closes."""
+def _replaced():
+    """Context in which `_attend` is where the function was."""
     global _plain, _plain_multi_head
     with _lock:
         places = []
-        if not _open:
+        if not _under_way:
             _plain, _plain_multi_head = F.scaled_dot_product_attention, F.multi_head_attention_forward
             places = [(vars(F), "scaled_dot_product_attention", _plain, _attend),
                       (vars(F), "multi_head_attention_forward", _plain_multi_head, _multi_head)]
@@ -203,19 +204,19 @@ def _interception():
                            if value is _plain and name != "_plain"]
             for space, name, _, ours in places:
                 space[name] = ours
-        _open.append((places, torch.backends.mha.get_fastpath_enabled()))
+        _under_way.append((places, torch.backends.mha.get_fastpath_enabled()))
         torch.backends.mha.set_fastpath_enabled(False)  # nn.MultiheadAttention's calls no attention function
     try:
         yield
     finally:
         with _lock:
-            places, fastpath = _open[0]
-            if len(_open) == 1:
+            places, fastpath = _under_way[0]
+            if len(_under_way) == 1:
                 torch.backends.mha.set_fastpath_enabled(fastpath)
                 for space, name, plain, ours in places:
                     if space.get(name) is ours:  # else somebody has replaced it meanwhile
                         space[name] = plain
-            _open.pop()
+            _under_way.pop()
 
 
 class _Rectifier:
@@ -223,8 +224,8 @@ class _Rectifier:
 
     opened = itertools.count()
 
-    def __init__(self, tau=None, alpha=1.0, gamma=1.0, K=1, layers=None, rows=None, queries=None, attention=None,
-                 when=None, kind="self", batch=None):
+    def __init__(self, tau=None, alpha=1.0, gamma=1.0, K=1, layers=None, rows=None, queries=None,
+                 attention=None, when=None, kind="self", batch=None):
         if (tau is None and alpha == gamma == K == 1) == (attention is None):
             raise ValueError("give tau, alpha, gamma or K, or an attention function, and not both")
         if queries is not None and tau is None and attention is None:
@@ -233,9 +234,9 @@ class _Rectifier:
             raise ValueError(f"kind={kind!r} must be 'self', 'cross' or 'all'")
         self.tau, self.alpha, self.gamma, self.K = 1.0 if tau is None else tau, alpha, gamma, K
         _check_energy(self.tau, alpha, gamma, K)
+        _check_slice("rows", rows)
+        _check_slice("queries", queries)
         self.layers, self.rows, self.queries = _layers("layers", layers), rows, queries
-        for name in ("rows", "queries"):
-            _check_slice(name, getattr(self, name))
         self.attention, self.when, self.kind, self.batch = attention, when, kind, batch
         self.number, self.thread = next(self.opened), threading.get_ident()
         self.counts = []  # of each forward under way: a model may run inside itself
@@ -249,47 +250,41 @@ class _Rectifier:
         return twin
 
     @contextlib.contextmanager
-    def forward(self, ordinary=False):
-        """All attention calls in this context are those of one forward."""
-        self.counts.append({"ordinary": ordinary, "self": 0, "cross": 0, "all": 0, "missed": 0, "rows": []})
-        self.ran, self.rectified, before = self.ran + 1, self.rectified + (not ordinary), _thread.active
-        _thread.active = tuple(sorted({*before, self}, key=lambda rectifier: rectifier.number))
+    def attached(self, model):
+        """Each call of `model` in this context is a forward."""
+        name = "forward" if model._compiled_call_impl is None else "_compiled_call_impl"  # by model.compile()
+        own, instance = getattr(model, name), name in vars(model)
+        setattr(model, name, functools.update_wrapper(functools.partial(self.run, own), own))
         try:
             yield
         finally:
-            _thread.active = before
-            self.counts.pop()
-
-    @contextlib.contextmanager
-    def once(self):
-        """All that runs in this context is one forward, which is checked."""
-        with _interception(), self.forward():
-            yield
-            self.check()
+            setattr(model, name, own) if instance else delattr(model, name)
 
     def run(self, forward, /, *args, **kwargs):
         """A call of the model's own `forward`."""
         if threading.get_ident() != self.thread:
             return forward(*args, **kwargs)
-        with self.forward(ordinary=self.when is not None and not self.when(*args, **kwargs)):
+        with self.forward(ordinary=self.when is not None and not self.when(*args, **kwargs)) as counts:
             output = forward(*args, **kwargs)
-            self.check((args, kwargs), output)
+            counts["samples"] = [_lengths((args, kwargs)), _lengths(output)]
         return output
 
     @contextlib.contextmanager
-    def attached(self, model):
-        """Each call of `model` in this context is a forward."""
-        name = "forward" if model._compiled_call_impl is None else "_compiled_call_impl"  # after model.compile()
-        own, instance = getattr(model, name), name in vars(model)
-        setattr(model, name, functools.update_wrapper(functools.partial(self.run, own), own))
+    def forward(self, ordinary=False):
+        """All that runs in this context is one forward."""
+        counts = dict.fromkeys(("self", "cross", "all", "missed"), 0)
+        counts |= {"ordinary": ordinary, "rows": [], "samples": []}
+        self.counts.append(counts)
+        self.ran, self.rectified, before = self.ran + 1, self.rectified + (not ordinary), _thread.active
+        _thread.active = tuple(sorted({*before, self}, key=lambda rectifier: rectifier.number))
         try:
-            with _interception():
-                yield
+            with _replaced():
+                yield counts
+            if not ordinary:
+                self.check(counts)
         finally:
-            if instance:
-                setattr(model, name, own)
-            else:
-                delattr(model, name)
+            _thread.active = before
+            self.counts.pop()
 
     def chooses(self, query, key):
         """Number an attention call; whether it is one to be rectified."""
@@ -297,11 +292,10 @@ class _Rectifier:
         number = counts[self.kind]
         counts[kind] += 1
         counts["all"] += 1
-        chosen = self.kind in (kind, "all") and (self.layers is None or number in self.layers)
-        if not chosen or counts["ordinary"]:
+        if self.kind not in (kind, "all") or not (self.layers is None or number in self.layers):
             return False
         counts["rows"].append(len(query))
-        return True
+        return not counts["ordinary"]
 
     def answer(self, q, k, v, **options):
         """The rectified answer to one call of F.scaled_dot_product_attention."""
@@ -311,10 +305,10 @@ class _Rectifier:
         elif rows is not None and self.alpha == self.gamma == self.K == 1:  # one call for all rows
             return F.scaled_dot_product_attention(q * _temper(q, tau, rows, queries), k, v, **options)
         else:
-            if rows is not None and isinstance(tau, Tensor) and tau.dim():  # it has an entry for each chosen row
+            if rows is not None and isinstance(tau, Tensor) and tau.dim():  # an entry for each chosen row
                 tau = q.new_ones(len(q)).slice_scatter(tau.to(q), 0, *rows.indices(len(q)))
-            out = energy_attention(q, k, v, tau=tau, alpha=self.alpha, gamma=self.gamma, K=self.K, queries=queries,
-                                   **options)
+            out = energy_attention(q, k, v, tau=tau, alpha=self.alpha, gamma=self.gamma, K=self.K,
+                                   queries=queries, **options)
             queries = None  # they restrict tau alone
         if rows is not None or queries is not None:
             plain = F.scaled_dot_product_attention(q, k, v, **options)
@@ -325,38 +319,37 @@ class _Rectifier:
                     out = plain.slice_scatter(chosen, dim, *part.indices(q.shape[dim]))
         return out
 
-    def check(self, given=None, output=None):
+    def check(self, counts):
         """After a forward: an error unless every chosen layer was rectified, and its rows were samples."""
-        counts, layers = self.counts[-1], self.layers
-        if counts["ordinary"]:
-            return
-        count, missing = counts[self.kind], [n for n in layers or {0} if n >= counts[self.kind]]
+        count, layers = counts[self.kind], self.layers
+        missing = [number for number in layers or {0} if number >= count]
         if missing or (layers is None and counts["missed"]):
-            raise RuntimeError(_why_missed(counts, self.kind, f"layer {min(missing)}" if missing else "some attention"))
+            what = f"layer {min(missing)}" if missing else "a call of nn.MultiheadAttention"
+            raise RuntimeError(f"{what} was not rectified. {_why_missed(counts, self.kind)}")
         if layers is not None and self.calls not in (None, count):
             warnings.warn(f"a forward made {count} attention calls of kind {self.kind!r}, and one before it "
-                          f"{self.calls}: does a cache skip blocks? The numbers of layers shift", stacklevel=3)
+                          f"{self.calls}: does a cache skip blocks? The layers' numbers shift", stacklevel=2)
         self.calls = count
-        samples = [{self.batch}] if self.batch is not None else [_lengths(given), _lengths(output)]
+        allowed = [{self.batch}] if self.batch is not None else [some for some in counts["samples"] if some]
         for rows in counts["rows"] if self.rows is not None or self.batch is not None else ():
-            if any(allowed and rows not in allowed for allowed in samples):
-                raise ValueError(f"an attention call has {rows} rows where {sorted(set.union(*samples))} were "
-                                 "expected. A model that folds space or time into the batch has other rows: use two "
-                                 "passes, one plain and one rectified without rows (batched=False), or give batch "
-                                 "if these rows are right")
+            if any(rows not in lengths for lengths in allowed):
+                raise ValueError(f"a call has {rows} rows where {sorted(set.union(*allowed))} were expected: "
+                                 "does the model fold space or time into the batch? Use two passes, one "
+                                 "plain and one rectified without rows (batched=False), or give batch")
 
 
-def _why_missed(counts, kind, what):
-    text = (f"{what} was not rectified. This forward called F.scaled_dot_product_attention {counts['all']} times, "
-            f"{counts['self']} of kind 'self' and {counts['cross']} of kind 'cross' (see erg.attention_calls).")
+def _why_missed(counts, kind):
+    """The hint for whoever chose a layer that was not met."""
+    text = (f"This forward called F.scaled_dot_product_attention {counts['all']} times, {counts['self']} of "
+            f"kind 'self' and {counts['cross']} of kind 'cross' (erg.attention_calls lists them).")
     if counts["all"] and not counts[kind]:
-        return text + (" 'cross' has other keys than queries: a cache of keys makes such calls (use_cache=False), and "
-                       "so does attention to other tokens (kind='cross' or 'all').")
-    if counts["all"] and not counts["missed"]:
-        return text
-    return text + (" Attention is out of reach in a kernel of its own (flash-attn), written out, in torch.jit, and in "
-                   "nn.MultiheadAttention with need_weights=True. Choose the model's sdpa or native back end "
-                   "(transformers: attn_implementation='sdpa'), or give erg.encode the query projections.")
+        text += (" Calls with other keys than queries are 'cross': attention to other tokens (kind='cross'), "
+                 "or a cache of keys (use_cache=False).")
+    elif counts["missed"] or not counts["all"]:
+        text += (" Out of reach are kernels such as flash-attn, attention written out, torch.jit, and "
+                 "nn.MultiheadAttention with need_weights=True. Choose the model's sdpa or native back end "
+                 "(transformers: attn_implementation='sdpa'), or give erg.encode the query projections.")
+    return text
 
 
 @contextlib.contextmanager
@@ -364,42 +357,41 @@ def rectify(model=None, *, tau=None, alpha=1.0, gamma=1.0, K=1, layers=None, row
             attention=None, when=None, kind="self", batch=None):
     """Context in which a model's attention is `energy_attention` in some layers (I-ERG, C-ERG).
 
-    It acts inside the forwards of `model`, and numbers the layers anew at each one. Without a model, all that runs
-    in the context is one forward.
+    It acts in the forwards of `model`, and numbers the layers anew in each. Without a model, all that runs in
+    the context is one forward.
 
     tau, alpha, gamma, K: as in `energy_attention`; tau may be a tensor with an entry for each (chosen) row.
     layers: a collection of numbers among the attention calls of `kind`; None is all. See `attention_calls`.
     kind: "self" (as many queries as keys), "cross" (the others), or "all".
     rows, queries: slices of the batch and of the queries; the rest keeps ordinary attention. As in Listing 2,
         `queries` restricts tau alone: alpha, gamma and K act on all tokens of the rows.
-    attention: a function (q, k, v, **options of SDPA) -> out in place of `energy_attention`, for other weak models
-        such as PAG or SEG; `queries` then says which of its outputs are used.
-    when: a function of the arguments of the model's forward. Where it returns False, that forward is ordinary.
-        This is kappa inside somebody else's sampling loop.
+    attention: a function (q, k, v, **options of SDPA) -> out instead of `energy_attention`, for other weak
+        models such as PAG or SEG; `queries` then says which of its outputs are used.
+    when: a function of the arguments of the model's forward. Where it returns False, that forward is
+        ordinary: this is kappa inside somebody else's sampling loop.
     batch: the rows that every rectified call must have. By default, with `rows`: the first dimension of some
         argument of the model, and of its output.
 
-    Contexts nest; of two on one module the inner one is applied first. Other threads see ordinary attention. The
-    model and torch are left as they were, also after an exception. It is for inference, in evaluation mode.
-    With torch.compile, give rectify what it returned. Plain and rectified forwards have a graph each; another float
-    tau or other layers compile again, and a 0-dimensional tensor tau does not.
+    Contexts nest; the one opened last is applied first. Other threads see ordinary attention. The model and
+    torch are left as they were, also after an exception. Compile before: plain and rectified forwards have a
+    graph each. Another float tau or other layers compile again; a 0-dimensional tensor tau does not.
 
-    Raises ValueError for settings out of range or without effect. Raises RuntimeError when a forward ends without
-    having met every chosen layer, or when the context ends without a forward. Warns if `when` was never true.
+    Raises ValueError for settings out of range or without effect. Raises RuntimeError when a forward ends
+    without having met every chosen layer, or the context without a forward. Warns if `when` was never true.
     """
     rectifier = _Rectifier(tau, alpha, gamma, K, layers, rows, queries, attention, when, kind, batch)
     if model is None and when is not None:
         raise ValueError("when=... is asked at the start of a module's forward: give the module, too")
     if model is not None:
         _check_model(model)
-    with rectifier.once() if model is None else rectifier.attached(model):
+    with rectifier.forward() if model is None else rectifier.attached(model):
         yield
     if not rectifier.ran:
-        raise RuntimeError(f"{type(model).__name__} was not called in the context: is it the module that the sampler "
-                           "calls? For a method that does not call its forward, open erg.rectify(...) without the "
-                           "model around each call")
+        raise RuntimeError(f"{type(model).__name__} was not called in the context. Is it the module that the "
+                           "sampler calls? For a method that does not call its forward, open "
+                           "erg.rectify(...) without the model around each call")
     if not rectifier.rectified:
-        warnings.warn(f"when=... was true in none of {rectifier.ran} forwards: nothing was rectified", stacklevel=3)
+        warnings.warn(f"when=... was true in none of {rectifier.ran} forwards: nothing changed", stacklevel=3)
 
 
 class AttentionCall(NamedTuple):
@@ -418,34 +410,34 @@ class AttentionCalls(list):
     missed = 0  # calls of nn.MultiheadAttention with need_weights=True, which are out of reach
 
     def __str__(self):
-        width = max([len(c.module) for c in self] + [6])
+        width = max([len(call.module) for call in self] + [6])
         line = "{:5}  {:>6}  {:" + str(width) + "}  {:>5}  {:>7}  {:>4}"
         lines = [line.format("kind", "number", "module", "heads", "queries", "keys")]
-        lines += [line.format(c.kind, c.number, c.module, c.query[-3] if len(c.query) > 3 else 1, c.query[-2], c.key[-2])
-                  for c in self]
-        if any(c.kind == "self" for c in self):
+        for kind, number, module, query, key in self:
+            heads = query[-3] if len(query) > 3 else 1
+            lines.append(line.format(kind, number, module, heads, query[-2], key[-2]))
+        if any(call.kind == "self" for call in self):
             lines.append(f"middle third of self-attention: {self.middle_third()}")
         if self.missed or not self:
-            lines.append(f"out of reach: {self.missed or 'all'} attention that does not call F.scaled_dot_product_attention")
+            lines.append(f"out of reach: {self.missed or 'all'} attention, which calls another function")
         return "\n".join(lines)
 
     def middle_third(self, kind="self"):
         """The middle third of the layers, as a range: where to begin without a better rule (section 4.3).
 
-        Where more than half of the calls have equally many queries, only these count: not a text encoder's own.
+        If more than half of the calls have equally many queries, only these count: not a text encoder's own.
         """
-        lengths = {c.number: c.query[-2] for c in self if c.kind == kind}
+        lengths = {call.number: call.query[-2] for call in self if call.kind == kind}
         if not lengths:
             raise ValueError(f"kind={kind!r}: none of the {len(self)} attention calls is of this kind")
-        usual = max(lengths.values(), key=list(lengths.values()).count)
-        chosen = [number for number, length in lengths.items() if length == usual]
-        chosen = chosen if 2 * len(chosen) > len(lengths) else list(lengths)
+        usual = [n for n in lengths if 2 * list(lengths.values()).count(lengths[n]) > len(lengths)]
+        chosen = usual or list(lengths)
         first = round(len(chosen) / 3) if len(chosen) > 2 else 0
         return range(chosen[first], chosen[-1 - first] + 1)
 
 
 def attention_calls(function, *args, **kwargs):
-    """Run function(*args, **kwargs) once, and list its attention calls in order: print the result for a table.
+    """Run function(*args, **kwargs) once, and list its attention calls: print the result for a table.
 
     Compiled modules run uncompiled here. Returns AttentionCalls, a list of AttentionCall.
     """
@@ -461,12 +453,13 @@ def attention_calls(function, *args, **kwargs):
         return F.scaled_dot_product_attention(q, k, v, **options)
 
     rectifier = _Rectifier(attention=note, kind="all")
-    hooks = [nn.modules.module.register_module_forward_pre_hook(lambda module, args: running.append(module)),
-             nn.modules.module.register_module_forward_hook(lambda *_: running.pop() and None, always_call=True)]
+    rectifier.check = lambda counts: setattr(calls, "missed", counts["missed"])  # nothing need be met
+    enter, leave = lambda module, _: running.append(module), lambda *_: running.pop() and None
+    hooks = [nn.modules.module.register_module_forward_pre_hook(enter),
+             nn.modules.module.register_module_forward_hook(leave, always_call=True)]
     try:
-        with _interception(), rectifier.forward(), torch.no_grad(), torch.compiler.set_stance("force_eager"):
+        with rectifier.forward(), torch.no_grad(), torch.compiler.set_stance("force_eager"):
             function(*args, **kwargs)
-            calls.missed = rectifier.counts[-1]["missed"]
     finally:
         for hook in hooks:
             hook.remove()
@@ -477,28 +470,28 @@ def attention_calls(function, *args, **kwargs):
 
 
 def encode(encoder, *args, tau, layers=None, projections=None, **kwargs):
-    """(encoding, weak encoding): encoder(*args, **kwargs), and again with tempered self-attention (Listing 1).
+    """(encoding, weak encoding): encoder(*args, **kwargs), and again with tempered attention (Listing 1).
 
     The weak encoding is all that the encoder returns, pooled vectors included. An additive mask, such as T5's
     position bias, is not tempered. `layers` are numbers among the encoder's attention calls; None is all.
     An encoder that does not call F.scaled_dot_product_attention is reached by `projections`: a list of its
     modules that make the queries. Their output is multiplied by tau.
 
-    Raises RuntimeError if the weak encoding comes out equal to the other one, for example because QK-norm follows
-    a projection and undoes tau.
+    Raises RuntimeError if the weak encoding comes out equal to the other one, for example because QK-norm
+    follows a projection and undoes tau.
     """
     _check_evaluation(encoder)
     if projections is not None and layers is not None:
-        raise ValueError(f"layers={layers!r} has no effect with projections: list the projections of these layers")
+        raise ValueError(f"layers={layers!r} has no effect with projections: list those of these layers")
     strong = encoder(*args, **kwargs)
     with rectify(tau=tau, layers=layers) if projections is None else _tempered(projections, tau):
         weak = encoder(*args, **kwargs)
     pairs = [(a, b) for a, b in zip(pytree.tree_leaves(strong), pytree.tree_leaves(weak))
              if isinstance(a, Tensor) and a.is_floating_point()]
     if pairs and all((a - b).norm() < 1e-4 * min(1, abs(1 - tau)) * a.norm() for a, b in pairs):
-        raise RuntimeError(f"tau={tau} left the encoding as it was. Something after the chosen queries undoes the scale (a "
-                           "norm of the queries, linear attention), their attention does not reach the output, or the "
-                           "text is one token")
+        raise RuntimeError(f"tau={tau} left the encoding as it was: something after the queries undoes "
+                           "it (a norm of the queries, linear attention), their attention does not reach the "
+                           "output, or the text is one token")
     return strong, weak
 
 
@@ -506,15 +499,12 @@ def encode(encoder, *args, tau, layers=None, projections=None, **kwargs):
 def _tempered(projections, tau):
     """Context in which the output of each of these modules is multiplied by tau."""
     _numbers(low=0, tau=tau)
-    if not isinstance(projections, (list, tuple)) or not projections or not all(isinstance(p, nn.Module) for p in projections):
+    projections = list(projections) if isinstance(projections, Collection) else []
+    if not projections or not all(isinstance(projection, nn.Module) for projection in projections):
         raise ValueError("projections must be a list of modules of the encoder, for example "
                          "[layer.self_attn.q_proj for layer in encoder.layers[2:6]]")
     ran = set()
-
-    def temper(module, inputs, output):
-        ran.add(module)
-        return output * tau
-
+    temper = lambda module, inputs, output: ran.add(module) or output * tau
     hooks = [projection.register_forward_hook(temper) for projection in set(projections)]
     try:
         yield
@@ -522,8 +512,8 @@ def _tempered(projections, tau):
         for hook in hooks:
             hook.remove()
     if len(ran) < len(hooks):
-        raise RuntimeError(f"{len(hooks) - len(ran)} of {len(hooks)} projections did not run when the encoder did: are they "
-                           "its own?")
+        raise RuntimeError(f"{len(hooks) - len(ran)} of {len(hooks)} projections did not run with the "
+                           "encoder: are they its own?")
 
 
 # ---- 6. Settings, and one step of guided sampling ----------------------------------------------------------
@@ -531,7 +521,7 @@ def _tempered(projections, tau):
 
 @dataclass(frozen=True)
 class APG:
-    """Adaptive projected guidance (Sadat et al., arXiv 2410.02416), with the settings of appendix D as defaults."""
+    """Adaptive projected guidance (Sadat et al., arXiv 2410.02416); the defaults are those of appendix D."""
 
     momentum: float = -0.5  # of the difference, over steps
     eta: float = 0.0  # share of the parallel part that is kept
@@ -542,9 +532,9 @@ class APG:
         _numbers(low=0, norm_threshold=self.norm_threshold)
 
     def update(self, x1_pos, x1_neg, w, running=0.0):
-        """Guide predictions of the data (B, ...): momentum, clip, project on x1_pos. Returns (x1, new running).
+        """Guide predictions of the data (B, ...): momentum, clip, project on x1_pos (appendix D).
 
-        Unlike eq. 10 this depends on the space: norms and projections belong to predictions of the data.
+        Returns (x1, new running). Unlike eq. 10 it depends on the space: norms are those of the data.
         """
         running = x1_pos - x1_neg + self.momentum * running
         difference = running
@@ -569,7 +559,7 @@ class ERG:
     gamma: float = 1.0  # I-ERG: step size
     K: int = 1  # I-ERG: number of steps
     queries: slice | None = None  # I-ERG: the image tokens in joint attention; None is all tokens
-    negative: str | None = None  # without C-ERG, the negative's condition: "null" (default) or "same" (sec. 3.1, 3.3)
+    negative: str | None = None  # without C-ERG: "null" (default) or "same" prompt (sec. 3.1 and 3.3)
     batched: bool = True  # positive and negative in one pass of 2B rows; False: two passes, less memory
     apg: APG | None = None
 
@@ -578,17 +568,19 @@ class ERG:
         _numbers(low=0, tau_i=self.tau_i, tau_c=self.tau_c)
         _numbers(low=0, high=1, kappa=self.kappa)
         _check_energy(self.tau_i, self.alpha, self.gamma, self.K)
+        _check_slice("queries", self.queries)
+        _layers("layers", self.layers)
+        by_name = isinstance(self.layers_c, Mapping) and self.layers_c
+        for layers in self.layers_c.values() if by_name else [self.layers_c]:
+            _layers("layers_c", layers)
         if self.negative not in (None, "null", "same"):
             raise ValueError(f"negative={self.negative!r} must be 'null' or 'same'")
         if self.negative == "same" and not self.rectifies:
-            raise ValueError("negative='same' without I-ERG makes the negative equal to the positive: no guidance")
-        _layers("layers", self.layers)
-        for layers in self.layers_c.values() if isinstance(self.layers_c, Mapping) and self.layers_c else [self.layers_c]:
-            _layers("layers_c", layers)
-        _check_slice("queries", self.queries)
+            raise ValueError("negative='same' without I-ERG is no guidance: the negative equals the positive")
         denoiser = "tau_i = alpha = gamma = K = 1 leaves the denoiser as it is"
         idle = {} if self.rectifies else dict(layers=denoiser, kappa=denoiser, queries=denoiser)
-        idle |= dict(queries="it restricts tau_i, which is 1") if self.tau_i == 1 else {}
+        if self.tau_i == 1:
+            idle["queries"] = "it restricts tau_i, which is 1"
         idle |= (dict(layers_c="tau_c = 1 leaves the text encoder as it is") if self.tau_c == 1 else
                  dict(negative="with tau_c the weak encoding is the negative's condition"))
         for name, why in idle.items():
@@ -603,47 +595,48 @@ class ERG:
     def encode(self, encoder, *args, null=None, name=None, **kwargs):
         """(condition, negative) for encoder(*args, **kwargs), once before sampling.
 
-        With C-ERG the negative is the weak encoding. Without it, the negative is encoder(null, **kwargs), or None
-        if negative="same". `null` is the null prompt in the encoder's terms, or a mapping of all of its keyword
-        arguments. `name` picks from a layers_c by encoder.
+        With C-ERG the negative is the weak encoding. Without it, the negative is encoder(null, **kwargs), or
+        None if negative="same". `null` is the null prompt in the encoder's terms, or a mapping of all of its
+        keyword arguments. `name` picks from a layers_c by encoder.
         """
         layers = self.layers_c
         if isinstance(layers, Mapping) != (name is not None) or (name is not None and name not in layers):
-            raise ValueError(f"name={name!r} must be a name in layers_c={layers!r}, and None if that has none")
+            raise ValueError(f"name={name!r} must be a name in layers_c={layers!r}, and None if it has none")
         if self.tau_c != 1:
-            return encode(encoder, *args, tau=self.tau_c, layers=layers if name is None else layers[name], **kwargs)
+            layers = layers if name is None else layers[name]
+            return encode(encoder, *args, tau=self.tau_c, layers=layers, **kwargs)
         if self.negative == "same":
             return encoder(*args, **kwargs), None
         if null is None:
             raise ValueError("null=None: without C-ERG the negative's condition is that of the null prompt; "
                              "give it, or choose negative='same'")
-        return encoder(*args, **kwargs), encoder(**null) if isinstance(null, Mapping) else encoder(null, **kwargs)
+        weak = encoder(**null) if isinstance(null, Mapping) else encoder(null, **kwargs)
+        return encoder(*args, **kwargs), weak
 
 
 class Guidance:
     """One sampling run under `settings`: guidance(model, x, t, condition) -> v (eq. 10), for t in [0, 1).
 
     model(x, t, condition) -> velocity, with x (B, ...) and t (B,). The condition is a tensor (B, ...), nested
-    tuples, lists or dicts of them, or None for an unconditional model. `negative` is the negative's condition,
+    tuples, lists or dicts of them, or None for an unconditional model. `negative` is the negative's one,
     nested likewise; None stands for the same condition. The positive rows come first.
 
-    There is no second evaluation where w = 1, or where the negative equals the positive. eq. 10 and kappa hold as
-    well for a model that predicts noise or data (`guide`); APG is computed as for a velocity. Make a new object
-    for each run: it carries APG's momentum.
+    There is no second evaluation where w = 1, or where the negative equals the positive. eq. 10 and kappa
+    hold for a model that predicts noise or data, too (`guide`); APG is computed as for a velocity. Make a new
+    object for each run: it carries APG's momentum.
     """
 
     def __init__(self, settings, negative=None):
         if not isinstance(settings, ERG):
             raise TypeError(f"settings={settings!r} must be an erg.ERG")
         if (negative is None) != (settings.negative == "same"):
-            raise ValueError("give a negative condition, the weak encoding or that of the null prompt (see ERG.encode), or "
-                             "choose negative='same' in the settings: one of the two")
+            raise ValueError("give a negative condition (the weak encoding, or that of the null prompt: see "
+                             "ERG.encode), or negative='same' in the settings: one of the two")
         s, self.settings, self.negative, self.running = settings, settings, negative, 0.0
         self.rectifier = _Rectifier(s.tau_i, s.alpha, s.gamma, s.K, s.layers, queries=s.queries)
 
     def __call__(self, model, x, t, condition=None):
-        s = self.settings
-        t = float(t)  # one number, the same for all samples
+        s, t = self.settings, float(t)  # one time, the same for all samples
         w = s.w(t) if callable(s.w) else s.w
         _numbers(w=w)
         _numbers(low=0, high=1, t=t)
@@ -651,7 +644,7 @@ class Guidance:
             raise ValueError("condition=None leaves nothing to contrast with the negative's condition")
         negative, rectified = condition if self.negative is None else self.negative, self.rectifies_at(t)
         if w == 1 or (negative is condition and not rectified):
-            return model(x, _times(t, x), condition)
+            return model(x, x.new_full((len(x),), t, dtype=torch.float32), condition)
         v_pos, v_neg = self.predictions(model, x, t, condition, negative, rectified)
         if s.apg is None:
             return guide(v_pos, v_neg, w)
@@ -664,7 +657,7 @@ class Guidance:
 
     def rectifies_at(self, t):
         """Whether I-ERG acts at t: strictly after kappa."""
-        return self.settings.rectifies and t > self.settings.kappa + 1e-6  # float32's kappa does not exceed itself
+        return self.settings.rectifies and t > self.settings.kappa + 1e-6  # float32's kappa included
 
     def predictions(self, model, x, t, positive, negative, rectified):
         """v_pos and v_neg (B, ...), in one pass of 2B rows or in two."""
@@ -672,46 +665,36 @@ class Guidance:
         if rectified:
             _check_evaluation(model)
             self.rectifier.rows, self.rectifier.batch = (slice(B, 2 * B), 2 * B) if batched else (None, None)
-            context = self.rectifier.once()
-        negative = pytree.tree_map(_repeat, negative, positive)
-        if not batched:
-            v_pos = model(x, _times(t, x), positive)
+            context = self.rectifier.forward()
+        matched = pytree.tree_map(functools.partial(_match, B if batched else None), positive, negative)
+        times = x.new_full((2 * B,), t, dtype=torch.float32)
+        if batched:
             with context:
-                return v_pos, model(x, _times(t, x), negative)
-        x = torch.cat([x, x])  # (2B, ...)
-        both = pytree.tree_map(functools.partial(_two, B), positive, negative)
+                return model(torch.cat([x, x]), times, matched).chunk(2)
+        v_pos = model(x, times[:B], positive)
         with context:
-            return model(x, _times(t, x), both).chunk(2)
+            return v_pos, model(x, times[:B], matched)
 
 
-def _repeat(negative, positive):
-    """One row of the negative's condition, a null prompt, for all rows of the positive's."""
-    if isinstance(negative, Tensor) and isinstance(positive, Tensor) and len(negative.shape[:1]) and len(negative) == 1:
-        return negative.expand(len(positive), *negative.shape[1:])
-    return negative
-
-
-def _two(B, positive, negative):
-    """Positive and negative condition, each (B, ...), as (2B, ...)."""
-    alike = lambda y: (y.shape, y.dtype, y.shape[:1] == (B,)) if isinstance(y, Tensor) else y
-    if not isinstance(positive, Tensor) and positive == negative:
-        return positive
-    if isinstance(positive, Tensor) and alike(positive) == alike(negative) == (positive.shape, positive.dtype, True):
+def _match(batch, positive, negative):
+    """The negative's condition, or with `batch` rows in one pass both conditions (2 * batch, ...)."""
+    tensors = isinstance(positive, Tensor) and isinstance(negative, Tensor)
+    if tensors and negative.shape[:1] == (1,):  # a null prompt for all rows
+        negative = negative.expand(len(positive), *negative.shape[1:])
+    if batch is None or (not tensors and type(positive) is type(negative) and positive == negative):
+        return negative
+    if tensors and (positive.shape, positive.dtype, len(positive)) == (negative.shape, negative.dtype, batch):
         return torch.cat([positive, negative])
-    say = lambda y: f"{tuple(y.shape)}, {y.dtype}" if isinstance(y, Tensor) else repr(y)
-    raise ValueError(f"the condition has {say(positive)} and the negative's has {say(negative)}: one pass needs two alike, with a "
-                     f"row for each of {B} samples; batched=False takes others")
-
-
-def _times(t, x):
-    return torch.full((len(x),), t, dtype=torch.float32, device=x.device)
+    say = lambda y: f"{tuple(y.shape)}, {y.dtype}" if isinstance(y, Tensor) else repr(y)[:60]
+    raise ValueError(f"the condition has {say(positive)} and the negative's has {say(negative)}: one pass "
+                     f"needs two alike, with a row for each of {batch} samples; batched=False takes others")
 
 
 # ---- 7. Checks of what users give --------------------------------------------------------------------------
 
 
 def _numbers(low=-math.inf, high=math.inf, above=-math.inf, **values):
-    """An error unless every value is a finite number, at least `low`, at most `high`, and greater than `above`."""
+    """An error unless every value is a finite number in [low, high] and greater than `above`."""
     for name, value in values.items() if not torch.compiler.is_compiling() else ():  # checked before
         number = isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
         if not number or not low <= value <= high or not value > above:
@@ -723,7 +706,7 @@ def _numbers(low=-math.inf, high=math.inf, above=-math.inf, **values):
 def _check_energy(tau, alpha, gamma, K):
     if not isinstance(tau, Tensor):
         _numbers(low=0, tau=tau)
-    elif tau.device.type == "cpu" and not torch.compiler.is_compiling():  # on a GPU, looking would wait for it
+    elif tau.device.type == "cpu" and not torch.compiler.is_compiling():  # a GPU's would be waited for
         if not (tau.isfinite() & (tau >= 0)).all():
             raise ValueError(f"tau={tau} must be finite, and at least 0")
     _numbers(alpha=alpha)
@@ -733,28 +716,28 @@ def _check_energy(tau, alpha, gamma, K):
 
 
 def _check_slice(name, part, length=None):
-    """An error unless `part` is a slice, which selects something of `length` and does not reach beyond."""
-    if part is None:
-        return
-    ends = (part.start, part.stop) if isinstance(part, slice) else ("",)
-    if not all(end is None or isinstance(end, int) for end in ends):
+    """An error unless `part` is None, or a slice that selects something of `length` and nothing beyond."""
+    ends = (part.start, part.stop) if isinstance(part, slice) else (part,)
+    if not all(end is None or (isinstance(end, int) and len(ends) == 2) for end in ends):
         raise TypeError(f"{name}={part!r} must be a slice of whole numbers")
-    reach = max(abs(end or 0) for end in ends)
-    if length is not None and (reach > length or not range(length)[part]):
-        raise ValueError(f"{name}={part} does not fit the {length} {name} of an attention call (erg.attention_calls lists them)")
+    fits = None in (part, length) or (max(abs(end or 0) for end in ends) <= length and range(length)[part])
+    if not fits:
+        raise ValueError(f"{name}={part} does not fit the {length} {name} of an attention call "
+                         "(erg.attention_calls lists them)")
 
 
 def _layers(name, layers):
     """Layer numbers as a frozenset; None stands for all."""
     if layers is None:
         return None
-    if not isinstance(layers, Collection) or not layers or not all(isinstance(n, int) and n >= 0 for n in layers):
+    whole = isinstance(layers, Collection) and all(isinstance(n, int) and n >= 0 for n in layers)
+    if not whole or not layers:
         raise ValueError(f"{name}={layers!r} must hold layer numbers, none negative, for example range(6, 8)")
     return frozenset(layers)
 
 
 def _lengths(x):
-    """The first dimensions of all tensors in x, and the lengths of its lists: what may be a number of samples."""
+    """First dimensions of all tensors in x, and lengths of its lists: what may be a number of samples."""
     if isinstance(x, Tensor):
         return {len(x)} if x.dim() else set()
     inner = x.values() if isinstance(x, Mapping) else x if isinstance(x, (list, tuple)) else ()
@@ -763,29 +746,29 @@ def _lengths(x):
 
 def _check_evaluation(model):
     if isinstance(model, nn.Module) and model.training:
-        raise ValueError(f"{type(model).__name__} is in training mode, where dropout would add to what rectifying "
-                         "changes: call its eval() first")
+        raise ValueError(f"{type(model).__name__} is in training mode, where dropout acts: call its eval()")
 
 
 def _check_model(model):
-    """An error for what is no model in evaluation mode, and a warning for one that is compiled block by block."""
+    """An error for what is no model in evaluation mode, a warning for one that is compiled block by block."""
     if not isinstance(model, nn.Module):
-        raise TypeError(f"model={model!r} must be a torch.nn.Module, or None to rectify all that runs in the context")
+        raise TypeError(f"model={model!r} must be a torch.nn.Module, or None for all that runs in a context")
     _check_evaluation(model)
-    root = getattr(model, "_orig_mod", model)
-    if any(part._compiled_call_impl is not None or hasattr(part, "_orig_mod") for part in root.modules() if part is not root):
-        warnings.warn(f"parts of {type(model).__name__} are compiled on their own. Rectified, each attention layer "
-                      "needs a graph of its own, and torch._dynamo.config.recompile_limit allows 8: raise it above the "
-                      "number of layers, or compile the whole model", stacklevel=4)
+    parts = list(getattr(model, "_orig_mod", model).modules())[1:]
+    if any(part._compiled_call_impl is not None or hasattr(part, "_orig_mod") for part in parts):
+        warnings.warn(f"parts of {type(model).__name__} are compiled on their own. If rectified, each layer "
+                      "needs a graph of its own, and torch._dynamo.config.recompile_limit allows 8. Raise it "
+                      "above the number of layers, or compile the whole model", stacklevel=4)
 
 
-# Table 7. It gives no w: 5.0 for SD3 is from appendix E, the others from Table 6 and figures 12 and 16. Where text
-# tokens take part in the attention (the first and the last), add queries=slice(...) of the image tokens: Listing 2.
+# Table 7, which gives no w: SD3's is from appendix E, the others are from Table 6 and figures 12 and 16.
+# Where text takes part in the attention (all but DiT), add queries=slice(...) of the image tokens.
 PRESETS = {
     "mmdit-text-to-image": ERG(w=5.0, tau_i=0.01, layers=range(10, 17), kappa=0.4, tau_c=0.01, gamma=1.5,
                                layers_c={"llama3": range(0, 32), "t5": range(0, 24)}),
     "mmdit-unconditional": ERG(w=3.0, tau_i=0.01, layers=range(10, 17), kappa=0.2, negative="same"),
     "dit-xl-2": ERG(w=5.0, tau_i=0.01, layers=range(12, 15), kappa=0.3, negative="null"),
     "sd3-medium": ERG(w=5.0, tau_i=0.01, layers=range(6, 8), kappa=0.2, tau_c=0.1,
-                      layers_c={"openclip-vit-g": range(1, 31), "clip-vit-l": range(1, 10), "t5-xxl": range(1, 22)}),
+                      layers_c={"openclip-vit-g": range(1, 31), "clip-vit-l": range(1, 10),
+                                "t5-xxl": range(1, 22)}),
 }

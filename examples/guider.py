@@ -1,7 +1,7 @@
 """ERG in the modular pipelines of diffusers: a guider to put in the place of ClassifierFreeGuidance.
 
     from guider import EntropyRectifyingGuidance, weak_negative    # beside erg.py
-    guider = EntropyRectifyingGuidance(guidance_scale=5.0, tau=0.01, layers=range(6, 8), kappa=0.2,
+    guider = EntropyRectifyingGuidance(guidance_scale=5.0, tau_i=0.01, layers=range(6, 8), kappa=0.2,
                                        queries=[0, (height // 16) * (width // 16)])    # the image tokens of SD3
     pipe.update_components(guider=guider)
     encoders = {pipe.text_encoder: range(1, 10), pipe.text_encoder_2: range(1, 31), pipe.text_encoder_3: range(1, 22)}
@@ -58,8 +58,8 @@ def _wrap_forward(denoiser, rectify, seen):
 class EntropyRectifyingGuidance(BaseGuidance):
     """Guider whose negative prediction comes from rectified attention; the config is plain JSON. See erg.ERG, too.
 
-    guidance_scale: the paper's w, 1 is off. tau = alpha = gamma = steps = 1 is classifier-free guidance.
-    kappa: I-ERG acts where t > kappa; None is 0.2.
+    guidance_scale: the paper's w, 1 is off. tau_i = alpha = gamma = K = 1 is classifier-free guidance.
+    kappa: I-ERG acts where t > kappa.
     layers: numbers among the denoiser's self-attention calls (erg.attention_calls lists them); None is all.
     queries: [start, stop] of the image tokens in joint attention (Listing 2); None is all tokens.
     negative: None is the pipeline's negative condition if it has one, else the prompt's; "null" insists on the
@@ -73,7 +73,7 @@ class EntropyRectifyingGuidance(BaseGuidance):
     rectifies_at = erg.Guidance.rectifies_at  # t > kappa, by self.settings
 
     @register_to_config
-    def __init__(self, guidance_scale=5.0, tau=1.0, layers=None, kappa=None, alpha=1.0, gamma=1.0, steps=1,
+    def __init__(self, guidance_scale=5.0, tau_i=1.0, layers=None, kappa=0.2, alpha=1.0, gamma=1.0, K=1,
                  queries=None, negative=None, apg=None, num_train_timesteps=1000, start=0.0, stop=1.0, enabled=True):
         super().__init__(start, stop, enabled)
         layers = list(layers) if isinstance(layers, Iterable) else layers
@@ -88,8 +88,8 @@ class EntropyRectifyingGuidance(BaseGuidance):
         for name, (value, low) in numbers.items():
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not low < value < math.inf:
                 raise ValueError(f"{name}={value!r} must be a finite number greater than {low}")
-        self.settings = erg.ERG(w=guidance_scale, tau=tau, layers=layers, kappa=kappa, alpha=alpha, gamma=gamma,
-                                steps=steps, queries=ends and slice(*ends), negative=negative,
+        self.settings = erg.ERG(w=guidance_scale, tau_i=tau_i, layers=layers, kappa=kappa, alpha=alpha, gamma=gamma,
+                                K=K, queries=ends and slice(*ends), negative=negative,
                                 apg=None if apg is None else erg.APG(**apg))
         self.register_to_config(layers=layers and sorted({int(n) for n in layers}), queries=ends and list(ends),
                                 apg=apg, _use_default_values=[])  # else `new` forgets what was given by position
@@ -131,7 +131,7 @@ class EntropyRectifyingGuidance(BaseGuidance):
         guides = self._enabled and s.w != 1 and int(self._start * n) <= self._step < int(self._stop * n)
         if guides and not given and (s.negative == "null" or not s.rectifies):
             raise ValueError(f"negative={s.negative!r}: the pipeline gives no negative condition" + (
-                "" if s.rectifies else ", and without I-ERG (tau) the prompt's is no contrast"))
+                "" if s.rectifies else ", and without I-ERG (tau_i) the prompt's is no contrast"))
         self._rectified = guides and s.rectifies and self.rectifies_at(self.t)
         batches = [self._prepare_batch(pairs, 0, "pred_cond")]
         if given and guides or self._rectified:
@@ -143,7 +143,7 @@ class EntropyRectifyingGuidance(BaseGuidance):
         super().prepare_models(denoiser)
         s, rectify = self.settings, None
         if self._rectified and not self.is_conditional:
-            rectify = dict(tau=s.tau, alpha=s.alpha, gamma=s.gamma, steps=s.steps, layers=s.layers, queries=s.queries)
+            rectify = dict(tau=s.tau_i, alpha=s.alpha, gamma=s.gamma, K=s.K, layers=s.layers, queries=s.queries)
         if rectify or s.apg is not None:
             self._release = weakref.finalize(self, _wrap_forward(denoiser, rectify, self._seen))
 

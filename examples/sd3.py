@@ -58,12 +58,10 @@ def guided(pipe, settings, rows, height, width):
     """
     if callable(settings.w) or not settings.w > 1:
         raise ValueError(f"w={settings.w!r} must be a number greater than 1: the pipeline does not guide otherwise")
-    if settings.cads is not None:
-        raise ValueError(f"cads={settings.cads!r} would change the embeddings at every step, which this script does not")
     side = pipe.vae_scale_factor * pipe.patch_size
     tokens = (height // side) * (width // side)
     queries = settings.queries or slice(0, tokens)
-    kappa, running = 0.2 if settings.kappa is None else settings.kappa, [0.0]
+    running = [0.0]
 
     def project(transformer, args, kwargs, output):
         """APG: both rows get the guided velocity, which the pipeline's own formula then leaves as it is."""
@@ -77,13 +75,13 @@ def guided(pipe, settings, rows, height, width):
         made = (hidden_states.shape[-2] // pipe.patch_size) * (hidden_states.shape[-1] // pipe.patch_size)
         if made != tokens:
             raise ValueError(f"height={height}, width={width} are {tokens} image tokens, but the pipeline makes {made}")
-        return 1 - timestep[0].item() / 1000 > kappa + 1e-6
+        return 1 - timestep[0].item() / 1000 > settings.kappa + 1e-6
 
     with contextlib.ExitStack() as stack:
         if settings.rectifies:
             stack.enter_context(erg.rectify(
-                pipe.transformer, tau=settings.tau, alpha=settings.alpha, gamma=settings.gamma, steps=settings.steps,
-                layers=settings.layers, queries=queries if settings.tau != 1 else None, rows=slice(0, rows),
+                pipe.transformer, tau=settings.tau_i, alpha=settings.alpha, gamma=settings.gamma, K=settings.K,
+                layers=settings.layers, queries=queries if settings.tau_i != 1 else None, rows=slice(0, rows),
                 batch=2 * rows, when=after_kappa))
         if settings.apg is not None:
             stack.callback(pipe.transformer.register_forward_hook(project, with_kwargs=True).remove)
@@ -135,7 +133,7 @@ def tiny_pipeline(seed=0):
 
 
 def main(prompt="a red seven", model="stabilityai/stable-diffusion-3-medium-diffusers", tiny=False, offload=False,
-         out="out/sd3.png", height=None, width=None, steps=28, images=1, seed=0, w=DEFAULTS.w, tau_i=DEFAULTS.tau,
+         out="out/sd3.png", height=None, width=None, steps=28, images=1, seed=0, w=DEFAULTS.w, tau_i=DEFAULTS.tau_i,
          layers="6:8", kappa=DEFAULTS.kappa, tau_c=DEFAULTS.tau_c, alpha=1.0, gamma=1.0, K=1, apg=False):
     """Write a picture, `images` under CFG on the left, under ERG on the right. Returns two arrays (B, H, W, 3)."""
     first, _, last = layers.partition(":")
@@ -144,7 +142,7 @@ def main(prompt="a red seven", model="stabilityai/stable-diffusion-3-medium-diff
     where = dict(layers_c=DEFAULTS.layers_c) if tau_c != 1 else {}
     if (tau_i, alpha, gamma, K) != (1, 1, 1, 1):  # with I-ERG
         where |= dict(layers=range(int(first), int(last)), kappa=kappa)
-    settings = erg.ERG(w=w, tau=tau_i, tau_c=tau_c, alpha=alpha, gamma=gamma, steps=K, apg=erg.APG() if apg else None,
+    settings = erg.ERG(w=w, tau_i=tau_i, tau_c=tau_c, alpha=alpha, gamma=gamma, K=K, apg=erg.APG() if apg else None,
                        **where)
     if steps < 1:
         raise ValueError(f"steps={steps!r} must be at least 1")
@@ -198,7 +196,7 @@ if __name__ == "__main__":
     parser.add_argument("--images", type=int, default=1, help="images of the prompt, under each method")
     parser.add_argument("--seed", type=int, default=0, help="of the noise that both start from")
     parser.add_argument("--w", type=float, default=DEFAULTS.w, help="guidance weight of both, greater than 1")
-    parser.add_argument("--tau-i", type=float, default=DEFAULTS.tau, help="temperature in the denoiser; 1 is off")
+    parser.add_argument("--tau-i", type=float, default=DEFAULTS.tau_i, help="temperature in the denoiser; 1 is off")
     parser.add_argument("--layers", default="6:8", help="l_min:l_max of the denoiser, l_max exclusive")
     parser.add_argument("--kappa", type=float, default=DEFAULTS.kappa, help="I-ERG acts where t > kappa (0 noise, 1 data)")
     parser.add_argument("--tau-c", type=float, default=DEFAULTS.tau_c, help="temperature in the text encoders; 1 is off")

@@ -35,6 +35,6 @@ def sample_ddim(model, x, label, guidance, signal=torch.linspace(0.01, 1, 21).to
 if __name__ == "__main__":
     model, x, label, none = YourTransformer().eval(), torch.randn(4, 16, 32), torch.arange(4), torch.tensor([10])
     print(calls := erg.attention_calls(model.requires_grad_(False), x, torch.zeros(4), label))  # which layers there are
-    settings = erg.ERG(w=3.0, tau=0.01, layers=calls.middle_third(), kappa=0.2)  # negative: no label, and I-ERG
+    settings = erg.ERG(w=3.0, tau_i=0.01, layers=calls.middle_third(), kappa=0.2)  # negative: no label, and I-ERG
     print("flow:", sample_flow(model, x, label, erg.Guidance(settings, none)).shape)  # a new Guidance for each run
     print("noise, DDIM:", sample_ddim(model, x, label, erg.Guidance(settings, none)).shape)

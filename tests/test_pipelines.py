@@ -35,7 +35,7 @@ def by_rows(rows):
 def by_turns(t, **queries):
     """The line for one forward for each prompt, where t(pipe, timestep that the model is given) is the time."""
     return lambda pipe, model, layers: erg.rectify(
-        model, tau=TAU, layers=layers, **queries, when=erg.second_forward(lambda timestep: t(pipe, timestep) > KAPPA))
+        model, tau=TAU, layers=layers, **queries, when=second_forward(lambda timestep: t(pipe, timestep) > KAPPA))
 
 
 @dataclasses.dataclass
@@ -281,6 +281,6 @@ def test_second_forward():
     for times, expected in (([9, 9, 5, 5, 1, 1], [0, 1, 0, 1, 0, 1]), ([9, 9, 5, 5, 5, 5], [0, 1, 0, 1, 0, 1]),
                             ([9, 9, 5, 1], [0, 1, 0, 0]), ([9, 5, 5, 1, 9, 9], [0, 0, 1, 0, 0, 1])):
         for bound in (10, 6):
-            when = erg.second_forward(lambda timestep: timestep < bound)
+            when = second_forward(lambda timestep: timestep < bound)
             made = [when(timestep=torch.tensor([time] * B)) for time in times]
             assert made == [e and time < bound for e, time in zip(expected, times)]

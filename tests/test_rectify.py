@@ -445,7 +445,7 @@ def test_interrupts_and_copies(model, inputs):
                     model(*inputs)
                 finally:
                     handle.remove()
-        assert F.scaled_dot_product_attention is erg._plain and not erg._open
+        assert F.scaled_dot_product_attention is erg._plain and not erg._under_way
         assert torch.equal(model(*inputs), plain)
     with erg.rectify(model, tau=0.1, layers=[2]):
         model(*inputs)
