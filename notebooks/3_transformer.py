@@ -24,16 +24,17 @@
 # `erg.py`; layers are `range(l_min, l_max)`, written l_min:l_max, with l_max exclusive.
 
 # %%
-# The repository around this notebook; where there is none (Colab), it is fetched at the commit that the notebook ran with.
+# The repository around this notebook; elsewhere (Colab) it is fetched at the commit that this ran with.
 import subprocess
 import sys
 from pathlib import Path
 
 REPOSITORY, COMMIT = "", "14cb55e7723778ecfc748a9c8b73feb7b78d2dfd"
-ROOT = next((p for p in (Path.cwd(), *Path.cwd().parents, Path("erg-guidance").resolve()) if (p / "notebooks/drawing.py").is_file()), None)
+PLACES = (Path.cwd(), *Path.cwd().parents, Path("erg-guidance").resolve())
+ROOT = next((path for path in PLACES if (path / "notebooks/drawing.py").is_file()), None)
 if ROOT is None:
     if not REPOSITORY:
-        raise FileNotFoundError("erg.py is not around this notebook: set REPOSITORY to the address where you found the notebook")
+        raise FileNotFoundError("erg.py is not around this notebook: set REPOSITORY to its address")
     subprocess.run(["git", "clone", "--quiet", REPOSITORY, "erg-guidance"], check=True)
     subprocess.run(["git", "-C", "erg-guidance", "checkout", "--quiet", COMMIT], check=True)
     ROOT = Path("erg-guidance").resolve()
