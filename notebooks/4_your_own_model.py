@@ -241,7 +241,7 @@ print(f"chosen: {middle}, effect {early[middle]:.0%} early, {late[middle]:.0%} l
 # Every row's entropy rises, in every head of every layer: $\mathrm{d}H/\mathrm{d}\tau = -\tau\,\mathrm{Var}_p(z) \le 0$, with the
 # logits $z$ and their softmax $p$. QK-norm holds the logits of all layers to a few units (printed), so one $\tau$ does for all.
 # Early on the first layers matter most and the last ones little, and the effect of the last three grows; here that of the middle
-# third grows, too. The rule of `fading_layers` (a large early effect that does not grow) suggests a range of its own; the README
+# third grows, too. The rule of `fading_layers` (a large early effect that does not grow) suggests a range of its own; notebook 3
 # tells how far to trust either. We go on with the middle third, where most will begin, and look at both in step 6.
 #
 # **Step 3: say whose.** One forward carries the positive and the negative: `rows` are the negative's, and there is no
