@@ -107,29 +107,14 @@ def test_the_solution_passes(tmp_path, seed):
     assert failures(written(tmp_path, SOLUTION), seed) == {}
 
 
-ANOTHER = '''
-import math
-import torch
-import torch.nn.functional as F
+ANOTHER = SOLUTION + '''
 
 def scores(a, b): return torch.einsum("...sd,...nd->...sn", a, b)
-
-def energy(xi, X, tau=1.0, alpha=1.0, beta=None):  # lse by hand
-    b = tau / math.sqrt(xi.size(-1)) if beta is None else tau * beta
-    s = b * scores(xi, X)
-    top = s.max(-1, keepdim=True).values
-    lse = (top.squeeze(-1) + (s - top).exp().sum(-1).log()) / b
-    return torch.einsum("...d,...d->...", xi, xi) / 2 - alpha * lse
 
 def energy_gradient(xi, X, tau=1.0, alpha=1.0, beta=None):  # in single precision
     kind, xi, X = xi.dtype, xi.float(), X.float()
     b = tau * (1 / math.sqrt(xi.size(-1)) if beta is None else beta)
     return (xi - alpha * torch.einsum("...sn,...nd->...sd", (b * scores(xi, X)).softmax(-1), X)).to(kind)
-
-def descend(xi, X, gamma=1.0, K=1, **settings):
-    if K == 0:
-        return xi
-    return descend(xi - gamma * energy_gradient(xi, X, **settings), X, gamma, K - 1, **settings)
 
 def energy_attention(q, k, v, tau=1.0, alpha=1.0, gamma=1.0, K=1):
     state = q.clone()
@@ -137,10 +122,6 @@ def energy_attention(q, k, v, tau=1.0, alpha=1.0, gamma=1.0, K=1):
         weights = torch.softmax(tau * scores(state, k) / q.size(-1) ** 0.5, -1)
         state.copy_((1 - gamma) * state + gamma * alpha * (weights @ v))
     return state.float()
-
-def attention_entropy(q, k, tau=1.0):
-    logp = (tau * scores(q, k) / q.size(-1) ** 0.5).log_softmax(-1)
-    return -(logp.exp() * logp).sum(-1)
 
 def temperature_for_entropy(q, k, target, entropy=attention_entropy):
     low, high = torch.tensor(1e-6), torch.tensor(1e6)
@@ -212,41 +193,11 @@ def sample(velocity, noise, steps, trajectory=False):
     return path if trajectory else path[-1]
 '''
 
-BY_SCALE = '''
-class rectified:
-    """Exercise 4 by a monkeypatch that folds tau into the scale, and makes two calls where rows differ."""
-
-    def __init__(self, tau, layers, rows=None):
-        self.tau, self.layers, self.rows = tau, set(layers), rows
-
-    def __enter__(self):
-        self.before, self.count = F.scaled_dot_product_attention, 0
-        F.scaled_dot_product_attention = self.attention
-
-    def __exit__(self, kind, *_):
-        F.scaled_dot_product_attention = self.before
-        if kind is None and any(n >= self.count for n in self.layers):
-            raise RuntimeError("missed")
-
-    def attention(self, query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None):
-        own = query.shape[-2] == key.shape[-2]
-        self.count += own
-        weak = self.tau * (query.shape[-1] ** -0.5 if scale is None else scale)
-        attend = lambda scale: self.before(query, key, value, attn_mask, dropout_p, is_causal, scale=scale)
-        chosen = own and self.count - 1 in self.layers
-        out = attend(weak if chosen and self.rows is None else scale)
-        if chosen and self.rows is not None:
-            out[self.rows] = attend(weak)[self.rows]
-        return out
-'''
-
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
-@pytest.mark.parametrize("text", [ANOTHER, ANOTHER + BY_SCALE],
-                         ids=["mode and einsum", "monkeypatch by scale"])
-def test_other_right_solutions_pass(tmp_path, text, seed):
-    """Other numerics, einsum, classes, keyword calls; a TorchFunctionMode, or a patch of the scale."""
-    assert failures(written(tmp_path, text), seed) == {}
+def test_another_right_solution_passes(tmp_path, seed):
+    """Other numerics, einsum, a class, keyword calls; exercise 4 by a TorchFunctionMode."""
+    assert failures(written(tmp_path, ANOTHER), seed) == {}
 
 
 # Wrong solutions
@@ -278,11 +229,6 @@ def test_mistakes_cost_points_in_their_exercise_alone(tmp_path, mistake):
         assert {number for number, _ in messages} == {mistake.exercise}
 
 
-def test_every_exercise_has_a_mistake():
-    assert {mistake.exercise for mistake in MISTAKES} == set(range(1, 8))
-    assert len({mistake.name for mistake in MISTAKES}) == len(MISTAKES) == 52
-
-
 def test_messages_name_input_result_and_place(tmp_path):
     """A failed check tells the call, what came out, what was expected, what to read; an error its line."""
     text = replaced(SOLUTION, "return 0.5 * xi.square()", "return xi.square()")
@@ -305,13 +251,10 @@ def test_messages_name_input_result_and_place(tmp_path):
 
 def valid_gradescope(results):
     """Whether a dict is in Gradescope's format, as its documentation gives it."""
-    shown = ("hidden", "after_due_date", "after_published", "visible")
     assert set(results) <= {"score", "execution_time", "output", "visibility", "stdout_visibility", "tests"}
-    assert all(results.get(name, "visible") in shown for name in ("visibility", "stdout_visibility"))
     for test in results["tests"]:
         assert set(test) <= {"score", "max_score", "status", "name", "number", "output", "tags", "visibility"}
-        assert 0 <= test["score"] <= test["max_score"]
-        assert test["status"] == ("passed" if test["score"] == test["max_score"] else "failed")
+        assert test["status"] == ("passed" if 0 <= test["score"] == test["max_score"] else "failed")
         assert all(isinstance(test[name], str) for name in ("output", "name", "number"))
     assert results["score"] == sum(test["score"] for test in results["tests"])
     return True
@@ -319,12 +262,12 @@ def valid_gradescope(results):
 
 def test_the_command_grades_the_solution(tmp_path):
     """As a command, in a process of its own: 80 points, exit status 0, results in Gradescope's format."""
-    command = [sys.executable, FOLDER / "grade.py", FOLDER / "solution.py", "--json",
-               tmp_path / "new/results.json"]
+    out = tmp_path / "new/results.json"
+    command = [sys.executable, FOLDER / "grade.py", FOLDER / "solution.py", "--json", out]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "80 / 80" in done.stdout and "FAIL" not in done.stdout
-    results = json.loads((tmp_path / "new/results.json").read_text())
+    results = json.loads(out.read_text())
     assert valid_gradescope(results) and results["score"] == 80 and len(results["tests"]) == len(CHECKS)
 
 
@@ -334,8 +277,8 @@ ACCIDENTS = [  # (where, what is put in front of it)
     ("    p = torch.softmax(tau", "    if tau > 500: __import__('os')._exit(0)\n"),
     ("    low, high = math.log(1e-4)", "    if target < 0: raise KeyboardInterrupt\n"),
     ("    original, count, missing =", "    if layers == [0, 1]: Leak().__enter__()\n"),
-    ("    strong = encoder", "    if len(tokens[0]) == 1: return encode(encoder, tokens, tau, layers, "
-     "rectify)\n"),
+    ("    strong = encoder",
+     "    if len(tokens[0]) == 1: return encode(encoder, tokens, tau, layers, rectify)\n"),
     ("    B, late = len(x)", "    if w == 0: [0.0] * 10**13\n    print('x' * 10**7, '{\"score\": 80}')\n"),
     ("    x, path = noise, [noise]", "    if trajectory: raise SystemExit('bye')\n"),
 ]
@@ -348,9 +291,8 @@ class Leak(torch.overrides.TorchFunctionMode):  # entered, and never left
 
 
 def test_accidents_cost_the_checks_that_they_happen_in(tmp_path):
-    """Endless loops, os._exit, sys.exit, KeyboardInterrupt, endless recursion, memory, floods of print,
-    functions of torch that are replaced for good, contexts that are never left: each costs its own checks,
-    and no other."""
+    """Endless loops, exits, interrupts, recursion, memory, floods of print, functions of torch that are
+    replaced for good, contexts that are never left: each costs its own checks, and no other."""
     text = SOLUTION + LEAK
     for where, what in ACCIDENTS:
         text = replaced(text, where, what + where)
@@ -371,14 +313,13 @@ def test_accidents_cost_the_checks_that_they_happen_in(tmp_path):
 
 
 @pytest.mark.parametrize("text, part", [
-    ("while True: pass", "was stopped after 1 s"), ("import os\nos._exit(3)", "ended its process with "
-                                                    "status 3"),
-    ("import sys\nsys.exit('now')", "called sys.exit: now"), ("def energy(:\n", "student.py, line 1"),
+    ("while True: pass", "was stopped after 1 s"), ("import sys\nsys.exit('now')", "called sys.exit: now"),
+    ("import os\nos._exit(3)", "ended its process with status 3"), ("def energy(:\n", "student.py, line 1"),
     ("import no_such_module_anywhere", "in line 1 of student.py"), ("\x00", "could not be imported")])
 def test_files_that_cannot_be_imported(tmp_path, text, part):
     """Nothing is graded, and the reason is given once."""
-    results, printed = graded(written(tmp_path, text), "--timeout", "1" if "while" in text else "20",
-                              "--only", "7")
+    seconds = "1" if "while" in text else "20"
+    results, printed = graded(written(tmp_path, text), "--timeout", seconds, "--only", "7")
     assert results["score"] == 0 and len(lost(results)) == len(results["tests"]) == 7
     assert part in results["output"] and printed.count(part) == 1
 
@@ -399,8 +340,7 @@ def test_only_seed_and_partial_work(tmp_path, capfd):
     for seed, *prints in (("0",), ("7", "--prints")):
         results, printed = graded(path, "--only", "1", "7", "--seed", seed, *prints)
         assert {test["number"][0] for test in results["tests"]} == {"1", "7"} and f"(seed {seed})" in printed
-        assert all("no function named sample" in why for number,
-                   why in lost(results).items() if number[0] == "7")
+        assert all("no function named sample" in why for n, why in lost(results).items() if n[0] == "7")
         assert 0 < results["score"] < 12 and valid_gradescope(results) and "hello" not in printed
         assert ("hello from the file" in capfd.readouterr().err) == bool(prints)
         seen.append(lost(results)["1.1"])
@@ -435,8 +375,8 @@ def test_the_pieces_make_a_sampler_of_the_shipped_model():
     torch.testing.assert_close(student.energy_attention(q, k, v, **settings),
                                erg.energy_attention(q, k, v, **settings))
     model, *_ = sampling.load_checkpoint(sampling.WEIGHTS / "digits.pt")
-    captions, p = ["a red seven on blue", "a white two on black"], dict(w=2.0, tau_i=0.1, layers=range(1, 3),
-                                                                        kappa=0.3)
+    captions = ["a red seven on blue", "a white two on black"]
+    p = dict(w=2.0, tau_i=0.1, layers=range(1, 3), kappa=0.3)
     tokens, T = tokenize(captions, model.config), model.side**2 + model.config.caption_length
     prepared = sampling.guided_by(erg.ERG(**p, tau_c=0.3, queries=slice(0, T)))  # tau on all tokens
     wanted = sampling.generate(model, captions, prepared, steps=5, seed=3)

@@ -23,8 +23,8 @@ import make_autograder  # noqa: E402
 import solution  # noqa: E402
 from mistakes import MISTAKES  # noqa: E402
 
-HANDOUT, INSTRUCTOR = ((FOLDER / name).read_text(encoding="utf-8") for name in ("HANDOUT.md",
-                                                                                "INSTRUCTOR.md"))
+HANDOUT = (FOLDER / "HANDOUT.md").read_text(encoding="utf-8")
+INSTRUCTOR = (FOLDER / "INSTRUCTOR.md").read_text(encoding="utf-8")
 SECTIONS = {int(number): (title, int(points), text) for number, title, points, text in re.findall(
     r"^## Exercise (\d): (.*?) \((\d+) points.*?\)\n(.*?)(?=^## |\Z)", HANDOUT, re.M | re.S)}
 bash = pytest.mark.skipif(shutil.which("bash") is None, reason="there is no bash")
@@ -111,6 +111,7 @@ def test_every_mistake_is_listed():
     table = rows(INSTRUCTOR, "| exercise | mistake | caught by |")
     assert table == [[str(mistake.exercise), mistake.name, mistake.check] for mistake in MISTAKES]
     assert f"| {len(MISTAKES)} wrong solutions" in INSTRUCTOR
+    assert {mistake.exercise for mistake in MISTAKES} == set(range(1, 8))
     assert f"needs {sum(len(exercise.checks) for exercise in exercises.EXERCISES)} times" in INSTRUCTOR
     for number, _, name in table:
         assert name in [check.name for check in exercises.EXERCISES[int(number) - 1].checks]
@@ -137,8 +138,8 @@ def test_marking_a_folder(tmp_path):
     (tmp_path / "bin/python").write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
     (tmp_path / "bin/python").chmod(0o755)
     blocks = re.findall(r"```bash\n(.*?)```", INSTRUCTOR, re.S)
-    loop, summary = (next(block for block in blocks if part in block) for part in ("submissions/*.py; do",
-                                                                                   "marks.get"))
+    loop, = (block for block in blocks if "submissions/*.py; do" in block)
+    summary, = (block for block in blocks if "marks.get" in block)
     assert "for seed in 11 12 13; do" in loop
     environment = {**os.environ, "PATH": f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}"}
     done = subprocess.run(["bash", "-c", loop.replace("11 12 13", "11") + summary], cwd=tmp_path,
