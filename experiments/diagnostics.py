@@ -1,15 +1,16 @@
-"""What ERG looks at, measured on any model: the paper's figures 5, 6 and 7, and layers and kappa without a search.
+"""What ERG looks at, measured on any model: figures 5, 6 and 7, and layers and kappa without a search.
 
     for layer in attention_certainty(model, x, t, condition): print(layer)         # figure 7
     difference_norms(model, noise, condition, settings, negative)                  # figure 6
     velocity_variances(model, noise, condition, null, weak)                        # figure 5
     layers = fading_layers(layer_effects(model, noise, condition))                 # our rule for the layers
     layers = middle_regime(attention_certainty(model, x, t, condition))            # B.4's rule
-    kappa = parallel_end(*difference_norms(model, noise, condition, erg.ERG(w=1.5), null))   # B.2's rule for kappa
+    kappa = parallel_end(*difference_norms(model, noise, condition, erg.ERG(w=1.5), null))   # B.2's rule
 
 All of it runs through erg.py's rectifier, so it works wherever that does.
 Shapes: B batch, H heads, S queries, N keys, D head dimension.
 """
+import math
 from dataclasses import dataclass
 
 import torch
@@ -30,10 +31,10 @@ class Certainty:
 
 @torch.no_grad()
 def attention_certainty(model, *args, threshold=0.95, chunk=256, **kwargs):
-    """Entropy, and share of rows with a probability above `threshold`, for every self-attention layer (fig. 7).
+    """Entropy, and share of rows with a probability above `threshold`, a self-attention layer (fig. 7).
 
-    Runs model(*args, **kwargs) once, unchanged. Maps are formed for `chunk` queries at a time and thrown away.
-    Masks, causal attention and grouped queries are taken into account. Returns a list of Certainty.
+    Runs model(*args, **kwargs) once, unchanged. Maps are formed for `chunk` queries at a time. Masks,
+    causal attention and grouped queries are taken into account. Returns a list of Certainty.
     """
     if not 0 < threshold < 1:
         raise ValueError(f"threshold={threshold!r} must lie between 0 and 1")
@@ -45,7 +46,8 @@ def attention_certainty(model, *args, threshold=0.95, chunk=256, **kwargs):
         entropy = certain = 0.0
         for start in range(0, S, chunk):
             part = slice(start, start + chunk)
-            logits = (q[..., part, :].float() @ keys.float().mT) * (q.shape[-1]**-0.5 if scale is None else scale)
+            factor = q.shape[-1]**-0.5 if scale is None else scale
+            logits = factor * q[..., part, :].float() @ keys.float().mT
             if is_causal:
                 ahead = torch.ones(S, N, dtype=torch.bool, device=q.device).triu(1)[part]
                 logits = logits.masked_fill(ahead, -torch.inf)
@@ -55,8 +57,9 @@ def attention_certainty(model, *args, threshold=0.95, chunk=256, **kwargs):
             p = logits.softmax(-1)  # (B, H, chunk, N)
             entropy += torch.special.entr(p).sum(-1).mean((0, 1)).sum().item() / S
             certain += (p.amax(-1) > threshold).float().mean((0, 1)).sum().item() / S
-        layers.append(Certainty(len(layers), entropy, entropy / max(torch.tensor(float(N)).log().item(), 1e-12), certain))
-        return F.scaled_dot_product_attention(q, k, v, attn_mask, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa)
+        layers.append(Certainty(len(layers), entropy, entropy / max(math.log(N), 1e-12), certain))
+        return F.scaled_dot_product_attention(q, k, v, attn_mask, is_causal=is_causal, scale=scale,
+                                              enable_gqa=enable_gqa)
 
     with erg.rectify(model if isinstance(model, torch.nn.Module) else None, attention=watch):
         model(*args, **kwargs)
@@ -68,15 +71,15 @@ def difference_norms(model, noise, condition, settings, negative=None, steps=25)
     """Norms of the parts of v_pos - v_neg parallel and orthogonal to v_pos, along the guided path (fig. 6).
 
     `settings` and `negative` as for erg.Guidance; both predictions are made at every step, before kappa with
-    ordinary attention. Returns t (steps,), parallel (steps,), orthogonal (steps,): root mean square over pixels.
+    ordinary attention. Returns t, parallel and orthogonal, each (steps,): root mean square over pixels.
     """
-    if settings.apg is not None or settings.cads is not None or callable(settings.w):
-        raise ValueError(f"settings={settings!r} must have a constant w, and neither apg nor cads")
+    if settings.apg is not None or callable(settings.w):
+        raise ValueError(f"settings={settings!r} must have a constant w, and no apg")
     guidance, x, rows = erg.Guidance(settings, negative), noise, []
+    negative = condition if negative is None else negative
     for i in range(steps):
         t = i / steps
-        v_pos, v_neg = guidance.predictions(model, x, t, condition, condition if negative is None else negative,
-                                            guidance.rectifies_at(t))
+        v_pos, v_neg = guidance.predictions(model, x, t, condition, negative, guidance.rectifies_at(t))
         parallel, orthogonal = erg.project(v_pos - v_neg, v_pos)
         rows.append((t, parallel.square().mean().sqrt().item(), orthogonal.square().mean().sqrt().item()))
         x = x + erg.guide(v_pos, v_neg, settings.w) / steps
@@ -99,16 +102,14 @@ def velocity_variances(model, noise, condition, null, weak):
             "conditional null": (v - v_null).var(0), "conditional weak": (v - v_weak).var(0)}
 
 
-# ------------------------------------------------------------------------------------------------
-# Layers and kappa without a search
-# ------------------------------------------------------------------------------------------------
+# ---- Layers and kappa without a search ---------------------------------------------------------------------
 
 
 def middle_regime(layers, share=0.05):
     """B.4's rule: the longest run of layers that are less than half as often certain as the most certain one.
 
-    `layers` as `attention_certainty` returns them. None if no layer is certain in more than `share` of its rows: then
-    there are no regimes to tell apart.
+    `layers` as `attention_certainty` returns them. None if no layer is certain in more than `share` of its
+    rows: then there are no regimes to tell apart.
     """
     most = max(layer.certain for layer in layers)
     if most <= share:
@@ -125,7 +126,7 @@ def middle_regime(layers, share=0.05):
 
 @dataclass(frozen=True)
 class Effect:
-    """What rectifying a range of layers does to the velocity: the norm of the change orthogonal to it, over its own norm."""
+    """What rectifying some layers does: the change orthogonal to the velocity, over the velocity's norm."""
 
     layers: range
     early: float
@@ -138,9 +139,10 @@ class Effect:
 
 @torch.no_grad()
 def layer_effects(model, noise, condition, tau=0.01, queries=None, times=(0.3, 0.9), steps=20, longest=None):
-    """The Effect of every range of at most `longest` self-attention layers (all by default), at two times of the unguided path.
+    """The Effect of every range of at most `longest` self-attention layers at two times of the unguided path.
 
-    noise (B, ...), condition as the model takes it; a batch of 16 to 32 will do. One forward for each range and time.
+    noise (B, ...), condition as the model takes it; a batch of 16 to 32 will do. One forward for each range
+    and time. `longest` None is no limit.
     """
     if not 0 < times[0] < times[1] < 1:
         raise ValueError(f"times={times!r} must be two numbers with 0 < early < late < 1")
@@ -153,8 +155,8 @@ def layer_effects(model, noise, condition, tau=0.01, queries=None, times=(0.3, 0
         raise ValueError(f"steps={steps!r} are too few to tell the times {times} apart")
     stamp = lambda x, j: torch.full((len(x),), round(times[j] * steps) / steps, device=x.device)
     plain = [model(states[j], stamp(states[j], j), condition) for j in (0, 1)]
-    n = sum(call.kind == "self" for call in erg.attention_calls(model, states[0], stamp(states[0], 0), condition))
-    effects = []
+    calls = erg.attention_calls(model, states[0], stamp(states[0], 0), condition)
+    n, effects, norm = sum(call.kind == "self" for call in calls), [], lambda v: v.flatten(1).norm(dim=1)
     for start in range(n):
         for end in range(start + 1, min(n, start + (longest or n)) + 1):
             size = []
@@ -162,28 +164,28 @@ def layer_effects(model, noise, condition, tau=0.01, queries=None, times=(0.3, 0
                 with erg.rectify(model, tau=tau, layers=range(start, end), queries=queries):
                     weak = model(states[j], stamp(states[j], j), condition)
                 _, orthogonal = erg.project(plain[j] - weak, plain[j])
-                dims = tuple(range(1, weak.dim()))
-                size.append((torch.linalg.vector_norm(orthogonal, dim=dims) / torch.linalg.vector_norm(plain[j], dim=dims)).mean().item())
+                size.append((norm(orthogonal) / norm(plain[j])).mean().item())
             effects.append(Effect(range(start, end), *size))
     return effects
 
 
 def fading_layers(effects):
-    """Our rule: of the ranges whose effect is no larger late than early, the one with the largest early effect.
+    """Our rule: of the ranges whose effect is no larger late than early, the one of the largest early effect.
 
-    Guidance then acts while the picture is still open, and lets go when only its details are left. Where the effect of
-    every range grows, the one that grows least. Formed on two checkpoints, where it was number 2 and 6 of 36 ranges;
-    on two others it was number 8 and 32 (README): a range to try, not an answer.
+    Guidance then acts while the picture is still open, and lets go when only its details are left. Where the
+    effect of every range grows, the one that grows least. The rule ranked 2nd and 6th of 36 ranges, but 8th
+    and 32nd on two checkpoints that it had not seen (experiments/README.md). Try it; don't trust it.
     """
     if not effects:
         raise ValueError("effects is empty; layer_effects makes them")
     fading = [e for e in effects if e.late <= e.early]
-    return max(fading, key=lambda e: e.early).layers if fading else min(effects, key=lambda e: e.growth).layers
+    best = max(fading, key=lambda e: e.early) if fading else min(effects, key=lambda e: e.growth)
+    return best.layers
 
 
 def parallel_end(t, parallel, orthogonal, share=0.1):
-    """B.2's rule for kappa: the first t where the parallel part of CFG's difference is below `share` of its largest value,
-    while the orthogonal part is not below that share of its own. None if there is no such t.
+    """B.2's rule for kappa: the first t where the parallel part of CFG's difference is below `share` of its
+    peak, while the orthogonal part is not below that share of its own. None if there is no such t.
 
     All (steps,), as `difference_norms` returns them.
     """

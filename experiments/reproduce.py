@@ -5,10 +5,11 @@
     torchrun --standalone --nproc_per_node 2 -m experiments.reproduce all     # several processes or GPUs
     python -m experiments.reproduce claims              # the verdicts, from the results that are there
 
-Each entry writes NAME.json, NAME.md and NAME.png into --out. Runs are cached by content under out/cache, so that a
+Each entry writes NAME.json, NAME.md and NAME.png into --out. Runs are cached by content under out/cache: a
 call that was stopped goes on where it was, and entries share what they have in common.
 """
 import argparse
+import itertools
 import json
 import os
 import shlex
@@ -18,47 +19,52 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-import train_toy
-from experiments import claims, data, entries, inside, report, runs
+from experiments import claims, entries, inside, report, runs
+from toy import data
+from toy.sampling import WEIGHTS, choose_device, describe
 
 RESULTS = Path(__file__).resolve().parent / "results"
 ENTRIES = {**entries.RUN_ENTRIES, **inside.ENTRIES}
 TITLES = {
-    "table1": "Table 1: text-to-image", "table2": "Table 2: unconditional", "table3": "Table 3: class-conditional",
-    "table4": "Table 4: steps K and step size gamma", "table5": "Table 5: components", "table6": "Table 6: mechanisms",
-    "figure2": "Figure 2: Pareto fronts", "figure4": "Figure 4: tau_c by w", "figure5": "Figure 5: variances of the first velocity",
-    "figure6": "Figure 6: parallel and orthogonal differences", "figure7": "Figure 7: certainty of attention by layer",
-    "figure8": "Figure 8: range of layers", "figure9": "Figure 9: kappa", "figure15": "Figure 15: kappa by tau_i",
-    "figure16": "Figure 16: ranges of layers, in pictures", "variants": "Beyond the paper: what might mend the Frechet distance",
+    "table1": "Table 1: text-to-image", "table2": "Table 2: unconditional",
+    "table3": "Table 3: class-conditional", "table4": "Table 4: steps K and step size gamma",
+    "table5": "Table 5: components", "table6": "Table 6: mechanisms", "figure2": "Figure 2: Pareto fronts",
+    "figure4": "Figure 4: tau_c by w", "figure5": "Figure 5: variances of the first velocity",
+    "figure6": "Figure 6: parallel and orthogonal differences",
+    "figure7": "Figure 7: certainty of attention by layer", "figure8": "Figure 8: range of layers",
+    "figure9": "Figure 9: kappa", "figure15": "Figure 15: kappa by tau_i",
+    "figure16": "Figure 16: ranges of layers, in pictures",
+    "variants": "Beyond the paper: what might mend the Frechet distance",
     "suggest": "Beyond the paper: layers and kappa without a search",
 }
 
 
 def arguments():
-    shipped = sorted(file.stem for file in train_toy.WEIGHTS.glob("*.pt"))
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    shipped = sorted(file.stem for file in WEIGHTS.glob("*.pt"))
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     add = parser.add_argument
     add("names", nargs="+", metavar="NAME", help=f"one or more of {', '.join(ENTRIES)}, claims, or all")
-    add("--quick", action="store_true", help="digits alone, few images, three seeds: a try of the whole machinery, not a result")
-    add("--weights", nargs="+", metavar="CHECKPOINT", help=f"of {', '.join(shipped)}; default: all but the early ones")
-    add("--out", help="folder for what is written (default: experiments/results; out/quick with --quick, out/results with --weights)")
-    add("--cache", default=str(runs.CACHE), help="folder of the finished runs")
+    add("--quick", action="store_true", help="digits, few images, three seeds: a try of it all, not a result")
+    add("--weights", nargs="+", metavar="CHECKPOINT", help=f"of {', '.join(shipped)}; all but the early ones")
+    add("--out", help="folder to write to (experiments/results; --quick: out/quick, --weights: out/results)")
+    add("--cache", default=str(runs.CACHE), help="folder of the finished runs (out/cache)")
     add("--device", choices=("cuda", "mps", "cpu"), help="chosen automatically when not given")
     return parser
 
 
 def chosen_weights(options):
     """The checkpoints to run on; a clear error for one that is not there."""
-    shipped = sorted(file.stem for file in train_toy.WEIGHTS.glob("*.pt"))
+    shipped = sorted(file.stem for file in WEIGHTS.glob("*.pt"))
     names = options.weights or (["digits"] if options.quick else [n for n in data.NAMES if n in shipped])
     if not names:
-        raise ValueError(f"there are no weights under {train_toy.WEIGHTS}; train some with train_toy.py")
+        raise ValueError(f"there are no weights under {WEIGHTS}; train some with py")
     for name in names:
         if name not in shipped:
             raise ValueError(f"--weights {name} must be one of {', '.join(shipped)}")
         compares = {"all", "table1", "table2"} & set(options.names)
         if compares and f"{name}-early" not in shipped:
-            raise ValueError(f"--weights {name}: {', '.join(sorted(compares))} need {name}-early.pt for AutoGuidance, which is not there")
+            raise ValueError(f"--weights {name}: {', '.join(sorted(compares))} need {name}-early.pt for "
+                             "AutoGuidance, which is not there")
     return names
 
 
@@ -72,9 +78,26 @@ def command(argv):
 def write(out, name, record, figure):
     """NAME.json, .md and .png, each whole or not at all."""
     text = (ENTRIES[name].__doc__ or "").strip()
-    data.write_whole(out / f"{name}.json", lambda file: file.write((json.dumps(record, indent=1) + "\n").encode()))
-    data.write_whole(out / f"{name}.md", lambda file: file.write(report.markdown(name, record, text).encode()))
+    page, numbers = report.markdown(name, record, text), json.dumps(record, indent=1) + "\n"
+    data.write_whole(out / f"{name}.json", lambda file: file.write(numbers.encode()))
+    data.write_whole(out / f"{name}.md", lambda file: file.write(page.encode()))
     data.write_whole(out / f"{name}.png", lambda file: figure.savefig(file, format="png", dpi=110))
+
+
+def sample_entries(names, weights, scale, cache, device):
+    """Run what the entries wish for. Returns {(entry, checkpoint): result}, and {the same: its rows}."""
+    used, rounds = {}, itertools.count(1)
+
+    def collect(wishes):
+        wanted = [run for runs_of_entry in wishes.values() for run in runs_of_entry]
+        rows = runs.collect(wanted, cache, device, title=f"round {next(rounds)}")
+        for key, runs_of_entry in wishes.items():
+            used.setdefault(key, {}).update({run: rows[run] for run in runs_of_entry})
+        return {key: {run: rows[run] for run in runs_of_entry} for key, runs_of_entry in wishes.items()}
+
+    generators = {(name, checkpoint): entries.RUN_ENTRIES[name](scale, checkpoint)
+                  for name in names if name in entries.RUN_ENTRIES for checkpoint in weights}
+    return entries.advance(generators, collect), used
 
 
 def main(argv):
@@ -90,40 +113,27 @@ def main(argv):
     (out / ".writable").unlink(missing_ok=True)
     scale = entries.QUICK if options.quick else entries.FULL
     names = [name for name in ENTRIES if name in options.names or "all" in options.names]
-    device = train_toy.choose_device(options.device)
+    device = choose_device(options.device)
     runs.start_processes(device)
-    made, used, rounds = {}, {}, []
-
-    def collect(wishes):
-        rounds.append(1)
-        rows = runs.collect([run for wanted in wishes.values() for run in wanted], options.cache, device,
-                            title=f"round {len(rounds)}")
-        made.update({run.key: row for run, row in rows.items()})
-        for key, wanted in wishes.items():
-            used.setdefault(key, set()).update(run.key for run in wanted)
-        return {key: {run: rows[run] for run in wanted} for key, wanted in wishes.items()}
-
-    generators = {(name, checkpoint): entries.RUN_ENTRIES[name](scale, checkpoint)
-                  for name in names if name in entries.RUN_ENTRIES for checkpoint in weights}
-    results = entries.advance(generators, collect)
+    results, used = sample_entries(names, weights, scale, options.cache, device)
     first = not dist.is_initialized() or dist.get_rank() == 0
+    about = {name: getattr(scale, name) for name in ("steps", "seeds", "search_seeds", "budget")}
     for name in names if first else []:
-        record = dict(name=name, title=TITLES[name], command=command(argv),
-                      scale=dict(steps=scale.steps, seeds=scale.seeds, search_seeds=scale.search_seeds, budget=scale.budget))
+        record = dict(name=name, title=TITLES[name], command=command(argv), scale=about)
         if name in entries.RUN_ENTRIES:
             record["checkpoints"] = {w: results[name, w] for w in weights}
-            keys = set().union(*(used[name, w] for w in weights))
-            record["minutes"] = sum(made[key]["seconds"] for key in keys) / 60
-            for about in ("hardware", "torch"):  # of the runs, not of this call, which may have found all in the cache
-                record[about] = "; ".join(sorted({made[key][about] for key in keys}))
+            rows = {run: row for w in weights for run, row in used[name, w].items()}.values()
+            record["minutes"] = sum(row["seconds"] for row in rows) / 60
+            for what in ("hardware", "torch"):  # of the runs: this call may have found all in the cache
+                record[what] = "; ".join(sorted({row[what] for row in rows}))
             figure = report.draw(name, record)
         else:
-            record.update(hardware=f"1 process with {train_toy.describe(device)}", torch=str(torch.__version__))
+            record.update(hardware=f"1 process with {describe(device)}", torch=str(torch.__version__))
             record, figure = inside.run(name, record, scale, weights, device)
         write(out, name, record, figure)
         print(f"{TITLES[name]}: {record['minutes']:.1f} minutes of sampling -> {out / name}.md", flush=True)
     if first and ({"claims", "all"} & set(options.names)):
-        print(f"{claims.write(out, explained=out == RESULTS)} claims judged -> {out / 'CLAIMS.md'}")
+        print(f"{claims.write(out, explained=out == RESULTS)} claims -> {out / 'CLAIMS.md'}")
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()

@@ -1,21 +1,22 @@
 """The methods that the paper compares ERG with, each a few lines on top of erg.py; w = 1 is off for all.
 
-    erg.ERG(w=2.0)                                       # CFG, and with apg=erg.APG() or cads=erg.CADS(): APG, CADS
-    erg.ERG(w=interval(2.0, 0.2, 0.8))                   # CFG in a limited interval (Kynkaanniemi et al., 2024)
+    erg.ERG(w=interval(2.0, 0.2, 0.8))                   # CFG in an interval (Kynkaanniemi et al., 2024)
     guidance = pag(w=1.5, layers=[3, 4])                 # PAG* (Ahn et al., 2024)
     guidance = seg(w=1.5, layers=[3, 4], side=7)         # SEG* (Hong, 2024); cfg=2.0, null=...: with CFG
     guidance = SAG(w=1.2, layer=3, side=7)               # SAG* (Hong et al., 2023)
-    guidance = AutoGuidance(w=1.5, weak=early_model, condition=early_model.encode(prompts))  # Karras et al., 2024
-    x = x + guidance(model, x, t, condition) / steps     # as erg.Guidance; or tiny_dit.sample(..., guidance=guidance)
+    guidance = AutoGuidance(w=1.5, weak=early_model, condition=early_model.encode(prompts))
+    x = x + guidance(model, x, t, condition) / steps     # as erg.Guidance
 
-The asterisk is the paper's: the method was made for a U-Net, and is applied to middle blocks of a transformer here.
-Image tokens come first and form a square of `side` x `side`. Function evaluations per step (`NFE`): 2 for all, but 3
-for SEG with CFG, and fewer where an interval or kappa makes the second prediction equal to the first.
+Importing this adds a row for each to toy.sampling.METHODS, at the end of this file.
+
+The asterisk is the paper's: the method was made for a U-Net, and acts on middle blocks of a transformer here.
+Image tokens come first and form a square of `side` x `side`. AutoGuidance is Karras et al., 2024.
 
 Shapes: B batch, H heads, S queries, N keys, D head dimension. Conventions as in erg.py.
 """
 import contextlib
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Collection
 
@@ -25,13 +26,16 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 import erg
+from toy.sampling import METHODS, WEIGHTS, Method, guided_by, load_checkpoint
 
 
-def _finite(name, value, above=None):
-    """Raise one clear error unless `value` is a finite number, greater than `above` where that is given."""
-    ok = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    if not ok or (above is not None and value <= above):
-        raise ValueError(f"{name}={value!r} must be a finite number" + ("" if above is None else f" greater than {above:g}"))
+def check_number(above=-math.inf, **values):
+    """An error unless every value is a finite number, and greater than `above`."""
+    for name, value in values.items():
+        number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+        if not number or value <= above:
+            limit = "" if above == -math.inf else f" greater than {above:g}"
+            raise ValueError(f"{name}={value!r} must be a finite number{limit}")
 
 
 def _check_time(t):
@@ -44,25 +48,25 @@ def _check_side(side):
         raise ValueError(f"side={side!r} must be a whole number, at least 2: image tokens per row")
 
 
-# ------------------------------------------------------------------------------------------------
-# Attention that is replaced: the mechanisms of Table 6
-# ------------------------------------------------------------------------------------------------
+# ---- Attention that is replaced: the mechanisms of Table 6 -------------------------------------------------
 
 
 def identity_attention(q, k, v, **options):
     """PAG: every token attends to itself alone, so the output is v. (B, H, S, D) -> (B, H, S, D)."""
     if q.shape[-2] != k.shape[-2]:
-        raise ValueError(f"identity attention needs as many queries as keys, not {q.shape[-2]} and {k.shape[-2]}")
+        raise ValueError(f"queries and keys must be equally many, not {q.shape[-2]} and {k.shape[-2]}")
     heads = q.shape[-3] // v.shape[-3]
     return v if heads == 1 else v.repeat_interleave(heads, -3)  # grouped queries
 
 
 def gaussian_kernel(sigma, side):
-    """Weights of a Gaussian blur for maps of `side` pixels: odd length, 6 sigma at most, and no longer than
-    reflection allows (the official code's rule: side, or side + 1 if side is even)."""
+    """Weights of a Gaussian blur for maps of `side` pixels: an odd number of them, over 6 sigma at most.
+
+    They are no more than reflection allows (the official code's rule: side, or side + 1 if side is even).
+    """
     size = math.ceil(6 * sigma) + 1 - math.ceil(6 * sigma) % 2
     if size == 1:
-        raise ValueError(f"sigma={sigma!r} has no effect: its kernel is a single pixel; it must exceed 1/6")
+        raise ValueError(f"sigma={sigma!r} has no effect: its kernel is one pixel; it must exceed 1/6")
     size = min(size, side - (side % 2 - 1))
     x = torch.arange(size, dtype=torch.float64) - size // 2
     weights = torch.exp(-0.5 * (x / sigma).square())
@@ -111,9 +115,7 @@ class SmoothedAttention:
         return F.scaled_dot_product_attention(torch.cat([image, q[..., n:, :]], dim=-2), k, v, **options)
 
 
-# ------------------------------------------------------------------------------------------------
-# Guidance by a model with replaced attention: PAG, SEG, Table 6
-# ------------------------------------------------------------------------------------------------
+# ---- Guidance by a model with replaced attention: PAG, SEG, Table 6 ----------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,13 +136,12 @@ class Rewired:
     null: object = None
 
     def __post_init__(self):
-        for name in ("w", "cfg"):
-            _finite(name, getattr(self, name))
+        check_number(w=self.w, cfg=self.cfg)
         if not -1 <= self.kappa < 1:
             raise ValueError(f"kappa={self.kappa!r} must be at least 0 and less than 1, or -1 for all t")
         if (self.cfg == 1) != (self.null is None):
-            raise ValueError(f"cfg={self.cfg!r} and null go together: CFG needs the null prompt's condition, and "
-                             "without CFG it has no effect")
+            raise ValueError(f"cfg={self.cfg!r} and null go together: CFG needs the null prompt's condition, "
+                             "which has no effect without it")
 
     def __call__(self, model, x, t, condition=None):
         _check_time(t)
@@ -150,10 +151,11 @@ class Rewired:
             parts.append(condition if self.negative is None else self.negative)
         if self.cfg != 1:
             parts.append(self.null)
-        B = len(x)
-        rows = dict(rows=slice(B, 2 * B), batch=len(parts) * B)
-        with erg.rectify(model, attention=self.attention, layers=self.layers, queries=self.queries,
-                         **rows) if rectified else contextlib.nullcontext():
+        B, context = len(x), contextlib.nullcontext()
+        if rectified:
+            context = erg.rectify(model, attention=self.attention, layers=self.layers, queries=self.queries,
+                                  rows=slice(B, 2 * B), batch=len(parts) * B)
+        with context:
             v = evaluate_together(model, x, t, parts)
         guided = v[0]
         if self.w != 1 and len(v) > (self.cfg != 1) + 1:
@@ -162,16 +164,20 @@ class Rewired:
 
 
 def evaluate_together(model, x, t, conditions):
-    """Velocities at x (B, ...) under each of n conditions, in one batch of nB rows; a single row is repeated."""
-    B = len(x)
-    rows = lambda c: c.expand(B, *c.shape[1:]) if isinstance(c, Tensor) else c
-    together = pytree.tree_map(lambda *c: torch.cat([rows(y) for y in c]) if isinstance(c[0], Tensor) else c[0], *conditions)
-    times = torch.full((B * len(conditions),), float(t), dtype=torch.float32, device=x.device)
-    return model(x.repeat(len(conditions), *[1] * (x.dim() - 1)), times, together).chunk(len(conditions))
+    """Velocities at x (B, ...) under each of n conditions, in a batch of nB rows; one row serves all."""
+    B, n = len(x), len(conditions)
+
+    def join(*parts):
+        if not isinstance(parts[0], Tensor):
+            return parts[0]
+        return torch.cat([c.expand(B, *c.shape[1:]) for c in parts])
+
+    times = torch.full((n * B,), float(t), dtype=torch.float32, device=x.device)
+    return model(x.repeat(n, *[1] * (x.dim() - 1)), times, pytree.tree_map(join, *conditions)).chunk(n)
 
 
 def pag(w, layers, queries=None, **options):
-    """Perturbed-attention guidance*: the weak prediction's tokens attend to themselves alone. 2 NFE.
+    """Perturbed-attention guidance*: the weak prediction's tokens attend to themselves alone.
 
     `queries` restricts it to the image tokens, so that they keep no text and text tokens stay as they are.
     """
@@ -179,23 +185,21 @@ def pag(w, layers, queries=None, **options):
 
 
 def seg(w, layers, side, sigma=math.inf, **options):
-    """Smoothed energy guidance*: the weak prediction's image queries are blurred. 2 NFE; 3 with `cfg` and `null`."""
+    """Smoothed energy guidance*: the weak prediction's image queries are blurred."""
     return Rewired(w, SmoothedAttention(sigma, side), layers, **options)
 
 
-# ------------------------------------------------------------------------------------------------
-# Guidance by a blurred input, by another model, and by an interval
-# ------------------------------------------------------------------------------------------------
+# ---- Guidance by a blurred input, by another model, and by an interval -------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
 class SAG:
-    """Self-attention guidance*: blur what the model attends to, and contrast with the prediction there. 2 NFE.
+    """Self-attention guidance*: blur what the model attends to, and contrast with the prediction there.
 
-    A token is attended to if it gets more than `threshold` times the mean attention of the image tokens in `layer`.
-    The predicted image is blurred there with `sigma` (pixels) and noised again with the predicted noise. The noise
-    predicted from that is the weak one, as in the official code; in velocities, which are affine in noise at the
-    given x, v_weak = model(x_bar, t, condition) + (image - blurred image).
+    A token is attended to if it gets more than `threshold` times the image tokens' mean attention in `layer`.
+    The predicted image is blurred there with `sigma` (pixels) and noised again with the predicted noise. The
+    noise predicted from that is the weak one, as in the official code. In velocities, which are affine in
+    noise at the given x, v_weak = model(x_bar, t, condition) + (image - blurred image).
     """
 
     w: float
@@ -205,15 +209,15 @@ class SAG:
     threshold: float = 1.0
 
     def __post_init__(self):
-        _finite("w", self.w)
-        _finite("sigma", self.sigma, above=0)
-        _finite("threshold", self.threshold, above=0)
+        check_number(w=self.w)
+        check_number(above=0, sigma=self.sigma, threshold=self.threshold)
         _check_side(self.side)
 
     def __call__(self, model, x, t, condition=None):
         _check_time(t)
         if x.shape[-1] % self.side or x.shape[-2] != x.shape[-1]:
-            raise ValueError(f"side={self.side} does not divide images of {x.shape[-2]} x {x.shape[-1]} pixels into square tokens")
+            raise ValueError(f"side={self.side} does not divide images of {x.shape[-2]} x {x.shape[-1]} "
+                             "pixels into square tokens")
         times = torch.full((len(x),), float(t), dtype=torch.float32, device=x.device)
         if self.w == 1:
             return model(x, times, condition)
@@ -235,8 +239,8 @@ class SAG:
 
 def attention_received(q, k, n, scale=None):
     """Attention that each of the first n tokens gets from them, averaged over heads: (B, n), with mean 1."""
-    if min(q.shape[-2], k.shape[-2]) < n:
-        raise ValueError(f"side={math.isqrt(n)} needs {n} image tokens; there are {min(q.shape[-2], k.shape[-2])}")
+    if k.shape[-2] < n:
+        raise ValueError(f"side={math.isqrt(n)} needs {n} image tokens; there are {k.shape[-2]}")
     scale = q.shape[-1]**-0.5 if scale is None else scale
     p = (scale * q[..., :n, :] @ k[..., :n, :].mT).softmax(-1)  # (B, H, n, n)
     return p.mean(1).sum(-2)
@@ -244,14 +248,14 @@ def attention_received(q, k, n, scale=None):
 
 @dataclasses.dataclass(frozen=True)
 class AutoGuidance:
-    """The weak prediction is a weaker model's, under its own encoding of the same prompt. 1 NFE of each model."""
+    """The weak prediction is a weaker model's, under its own encoding of the same prompt."""
 
     w: float
     weak: Callable
     condition: object = None  # None: the strong model's
 
     def __post_init__(self):
-        _finite("w", self.w)
+        check_number(w=self.w)
 
     def __call__(self, model, x, t, condition=None):
         _check_time(t)
@@ -259,12 +263,72 @@ class AutoGuidance:
         v = model(x, times, condition)
         if self.w == 1:
             return v
-        return erg.guide(v, self.weak(x, times, condition if self.condition is None else self.condition), self.w)
+        own = condition if self.condition is None else self.condition
+        return erg.guide(v, self.weak(x, times, own), self.w)
 
 
 def interval(w, low, high):
-    """The weight of guidance in a limited interval: w where low <= t < high, else 1, which costs no second evaluation."""
-    _finite("w", w)
+    """The weight in a limited interval: w where low <= t < high, else 1, which costs no second evaluation."""
+    check_number(w=w)
     if not 0 <= low < high <= 1:
         raise ValueError(f"low={low!r}, high={high!r} must satisfy 0 <= low < high <= 1")
     return lambda t: w if low <= t < high else 1.0
+
+
+# ---- Their rows in the table of methods --------------------------------------------------------------------
+
+
+def rival(make):
+    """A builder for METHODS from make(model, tokens, null, **parameters), the guidance of a batch."""
+    def build(**p):
+        return lambda model, tokens, null, seed: (model.encoder(tokens), make(model, tokens, null, **p))
+    return build
+
+
+def make_seg(model, tokens, null, w, layers, sigma=math.inf, cfg=1.0):
+    empty = model.encoder(null) if cfg != 1 else None
+    return seg(w, layers, model.side, float(sigma), cfg=cfg, null=empty)  # float reads the "inf" of a record
+
+
+@functools.cache
+def weak_model(name, device):
+    return load_checkpoint(WEIGHTS / f"{name}.pt", device)[0].requires_grad_(False)
+
+
+def make_autoguidance(model, tokens, null, w, weak):
+    """`weak` is the name of a file under weights/, without .pt."""
+    model = weak_model(weak, tokens.device)
+    return AutoGuidance(w, model, model.encoder(tokens))
+
+
+def make_mechanism(model, tokens, null, w, mechanism, layers, kappa, negative, tau_i=None):
+    attention = {"temperature": functools.partial(erg.energy_attention, tau=tau_i),
+                 "identity": identity_attention, "smoothing": SmoothedAttention(math.inf, model.side)}
+    condition = model.encoder(null) if negative == "null" else None
+    return Rewired(w, attention[mechanism], layers, slice(0, model.side**2), kappa, condition)
+
+
+def build_mechanism(**p):
+    """Table 6: three ways to weaken the same attention at the same place."""
+    allowed = dict(mechanism=("temperature", "identity", "smoothing"), negative=("null", "same"))
+    for name, values in allowed.items():
+        if p[name] not in values:
+            raise ValueError(f"{name}={p[name]!r} must be one of {', '.join(values)}")
+    if ("tau_i" in p) != (p["mechanism"] == "temperature"):
+        raise ValueError(f"tau_i={p.get('tau_i')!r} does not fit mechanism={p['mechanism']!r}: "
+                         "the temperature needs it, and nothing else takes it")
+    return rival(make_mechanism)(**p)
+
+
+METHODS |= {
+    "interval": Method("CFG, interval", "#56B4E9", lambda **p: guided_by(erg.ERG(w=interval(**p))),
+                       ("w", "low", "high")),
+    "pag": Method("PAG*", "#B79F00", rival(lambda model, *_, **p: pag(**p, queries=slice(0, model.side**2))),
+                  ("w", "layers")),
+    "sag": Method("SAG*", "#A65628", rival(lambda model, *_, **p: SAG(**p, side=model.side)),
+                  ("w", "layer"), ("sigma",)),
+    "seg": Method("SEG*", "#66A61E", rival(make_seg), ("w", "layers"), ("sigma", "cfg"), nfe=3),
+    "autoguidance": Method("AutoGuidance", "#3B3B6D", rival(make_autoguidance), ("w", "weak")),
+    "mechanism": Method("mechanism", "#DDCC77", build_mechanism,
+                        ("w", "mechanism", "layers", "kappa", "negative"), ("tau_i",)),
+}

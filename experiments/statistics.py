@@ -5,15 +5,16 @@ import math
 
 @functools.cache
 def t_quantile(p, dof):
-    """The p-quantile (p > 1/2) of Student's t with `dof` degrees of freedom, by Simpson's rule and bisection."""
+    """The p-quantile (p > 1/2) of Student's t with `dof` degrees of freedom: Simpson's rule and bisection."""
     if not 0.5 < p < 1 or dof < 1:
         raise ValueError(f"p={p!r} must lie between 0.5 and 1, and dof={dof!r} be at least 1")
-    # with x = sqrt(dof) tan(a), the density becomes a power of the cosine, and the integral is over a finite range
+    # with x = sqrt(dof) tan(a), the density becomes a power of the cosine, and the range finite
     constant = math.exp(math.lgamma((dof + 1) / 2) - math.lgamma(dof / 2)) / math.sqrt(math.pi)
 
     def above_half(angle, n=400):
         h = angle / n
-        return constant * h / 3 * sum((1 if i in (0, n) else 4 if i % 2 else 2) * math.cos(i * h)**(dof - 1) for i in range(n + 1))
+        weight = lambda i: 1 if i in (0, n) else 4 if i % 2 else 2
+        return constant * h / 3 * sum(weight(i) * math.cos(i * h)**(dof - 1) for i in range(n + 1))
 
     low, high = 0.0, math.pi / 2
     for _ in range(60):
@@ -23,7 +24,7 @@ def t_quantile(p, dof):
 
 
 def estimate(values, comparisons=1):
-    """(mean, half the width of its 95 % interval) of independent values; the width of a single one is unknown: inf.
+    """(mean, half the width of its 95 % interval) of independent values; of a single one the width is inf.
 
     With several `comparisons` the interval is Bonferroni's, which covers all of them together.
     """
@@ -50,14 +51,16 @@ def gain(a, b, better="higher", comparisons=1):
 
 
 def judge(mean, half):
-    """Of a number that a claim says is positive: "holds" above its interval, "does not hold" below, else "undecided"."""
+    """The verdict on a claim that a number is positive: does the interval lie above 0, or below?"""
     return "holds" if mean > half else "does not hold" if mean < -half else "undecided"
 
 
 def winners(values, better):
-    """The label whose values (a list a seed) beat every other's beyond the paired interval, as a set of one or none."""
+    """The label whose values (a list a seed) beat every other's beyond the interval, as a set of 0 or 1."""
     if len(values) < 2:
         return set()
-    order = sorted(values, key=lambda label: sum(values[label]) / len(values[label]), reverse=better == "higher")
-    best = order[0]
-    return {best} if all(judge(*gain(values[best], values[other], better)) == "holds" for other in order[1:]) else set()
+    mean = lambda label: sum(values[label]) / len(values[label])
+    best = max(values, key=mean) if better == "higher" else min(values, key=mean)
+    others = [label for label in values if label != best]
+    won = all(judge(*gain(values[best], values[other], better)) == "holds" for other in others)
+    return {best} if won else set()

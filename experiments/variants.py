@@ -1,11 +1,12 @@
-"""What might mend ERG's weak point (alone, it loses Frechet distance and recall): variants that the paper does not have.
+"""Variants of ERG that the paper does not have: what might mend its Frechet distance.
 
-    guidance = Variant(settings, negative, until=0.6)           # kappa as a window: I-ERG where kappa < t < until
-    guidance = Variant(settings, negative, renormalize=1.0)     # the guided velocity keeps v_pos's norm
-    guidance = Variant(settings, negative, taus={2: 0.01, 5: 0.5})   # a temperature of its own for each layer
-    erg.ERG(w=ramp(1.0, 2.0), ...)                              # the weight as a function of t needs no variant
+    guidance = Variant(settings, negative, until=0.6)                # I-ERG where kappa < t < until
+    guidance = Variant(settings, negative, renormalize=1.0)          # the guided velocity keeps v_pos's norm
+    guidance = Variant(settings, negative, taus={2: 0.01, 5: 0.5})   # a temperature for each layer
+    erg.ERG(w=ramp(1.0, 2.0), ...)                                   # a weight that depends on t
 
-All are used like erg.Guidance, whose settings they take.
+All are used like erg.Guidance, whose settings they take. Importing this adds "variant" to
+toy.sampling.METHODS.
 """
 import contextlib
 import math
@@ -13,25 +14,28 @@ import math
 import torch
 
 import erg
+from experiments.rivals import check_number
+from toy.sampling import ERG, METHODS, Method, guided_by
 
 
 class Variant(erg.Guidance):
     """erg.Guidance with a window for I-ERG, a renormalized velocity, and a temperature for each layer.
 
     until: I-ERG acts where kappa < t < until; 1 is the paper's method.
-    renormalize: share r of |v_pos| / |v| in the scale (1 - r) + r |v_pos| / |v| of the guided v, per sample; 0 is off.
-    taus: {layer: tau} in place of the settings' tau and layers, which still decide whether I-ERG acts at all.
+    renormalize: a share r; the guided v is scaled by (1 - r) + r |v_pos| / |v|, per sample; 0 is off.
+    taus: {layer: tau} instead of the settings' tau_i and layers. The settings need a tau_i other than 1, too.
     """
 
-    def __init__(self, settings, negative=None, generator=None, *, until=1.0, renormalize=0.0, taus=None):
-        super().__init__(settings, negative, generator)
-        for name, value, high in (("until", until, 1), ("renormalize", renormalize, 1)):
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= high:
+    def __init__(self, settings, negative=None, *, until=1.0, renormalize=0.0, taus=None):
+        super().__init__(settings, negative)
+        for name, value in (("until", until), ("renormalize", renormalize)):
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
                 raise ValueError(f"{name}={value!r} must be a number between 0 and 1")
         if (until < 1 or taus is not None) and not settings.rectifies:
-            raise ValueError(f"until={until!r}, taus={taus!r} have no effect: the settings leave the denoiser as it is")
-        if until <= (0.2 if settings.kappa is None else settings.kappa):
-            raise ValueError(f"until={until!r} must exceed kappa, or I-ERG never acts")
+            raise ValueError(f"until={until!r}, taus={taus!r} have no effect: the settings leave "
+                             "the denoiser as it is")
+        if until <= settings.kappa:
+            raise ValueError(f"until={until!r} must exceed kappa={settings.kappa!r}, or I-ERG never acts")
         if until == 1 and renormalize == 0 and taus is None:
             raise ValueError("until=1, renormalize=0, taus=None change nothing: use erg.Guidance")
         if taus is not None:
@@ -42,15 +46,12 @@ class Variant(erg.Guidance):
         return super().rectifies_at(t) and (self.until == 1 or t < self.until - 1e-6)
 
     def predictions(self, model, x, t, positive, negative, rectified):
-        if self.taus is None or not rectified:
-            v_pos, v_neg = super().predictions(model, x, t, positive, negative, rectified)
-        else:
-            B = len(x)
-            with contextlib.ExitStack() as stack:
-                for layer, tau in self.taus.items():
-                    stack.enter_context(erg.rectify(model, tau=tau, layers=[layer], rows=slice(B, 2 * B), batch=2 * B,
-                                                    queries=self.settings.queries))
-                v_pos, v_neg = super().predictions(model, x, t, positive, negative, False)
+        B, by_layer = len(x), self.taus if rectified and self.taus is not None else {}
+        with contextlib.ExitStack() as stack:
+            for layer, tau in by_layer.items():
+                stack.enter_context(erg.rectify(model, tau=tau, layers=[layer], queries=self.settings.queries,
+                                                rows=slice(B, 2 * B), batch=2 * B))
+            v_pos, v_neg = super().predictions(model, x, t, positive, negative, rectified and not by_layer)
         self.v_pos = v_pos
         return v_pos, v_neg
 
@@ -66,17 +67,33 @@ class Variant(erg.Guidance):
 
 def check_taus(taus, settings):
     """One clear error for temperatures by layer that would do nothing, or something else than they say."""
-    numbers = isinstance(taus, dict) and all(isinstance(tau, (int, float)) and not isinstance(tau, bool) and tau >= 0
-                                             and math.isfinite(tau) for tau in taus.values())
-    if not numbers or all(tau == 1 for tau in taus.values()):
-        raise ValueError(f"taus={taus!r} must be a dict of layers and temperatures, each at least 0, and not all 1")
-    if (settings.alpha, settings.gamma, settings.steps) != (1, 1, 1) or not settings.batched:
-        raise ValueError(f"taus={taus!r} cannot be combined with alpha, gamma, steps or batched=False")
+    number = lambda tau: isinstance(tau, (int, float)) and not isinstance(tau, bool) and 0 <= tau < math.inf
+    if not isinstance(taus, dict) or not all(map(number, taus.values())) or set(taus.values()) <= {1}:
+        raise ValueError(f"taus={taus!r} must be a dict of layers and temperatures, each at least 0, "
+                         "and not all 1")
+    if (settings.alpha, settings.gamma, settings.K) != (1, 1, 1) or not settings.batched:
+        raise ValueError(f"taus={taus!r} cannot be combined with alpha, gamma, K or batched=False")
 
 
 def ramp(start, end):
     """A weight that goes from `start` at t = 0 to `end` at t = 1 in a straight line."""
-    for name, value in (("start", start), ("end", end)):
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-            raise ValueError(f"{name}={value!r} must be a finite number")
+    check_number(start=start, end=end)
     return lambda t: start + (end - start) * t
+
+
+def build_variant(w, w_end=None, norm_threshold=None, until=1.0, renormalize=0.0, taus=None, **p):
+    """taus as a list of [layer, tau], as a record holds them."""
+    apg = None if norm_threshold is None else erg.APG(norm_threshold=norm_threshold)
+    prepared = guided_by(erg.ERG(w=w if w_end is None else ramp(w, w_end), **p, apg=apg))
+    if (until, renormalize, taus) == (1, 0, None):
+        return prepared
+    options = dict(until=until, renormalize=renormalize, taus=None if taus is None else dict(taus))
+
+    def condition_and_variant(*batch):
+        condition, plain = prepared(*batch)
+        return condition, Variant(plain.settings, plain.negative, **options)
+    return condition_and_variant
+
+
+METHODS["variant"] = Method("variant", "#882255", build_variant, ("w",),
+                            (*ERG, "w_end", "until", "renormalize", "taus", "norm_threshold"))
