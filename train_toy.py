@@ -228,8 +228,8 @@ def fit_iterations(run, marks, deadline, batch):
         speed = (run.step - first) / (now - began)
         iterations = run.step + max(1, int(0.97 * speed * left))  # 3 % are for saves
         if run.iterations is None and main_process():
-            rate = f"{speed * batch:,.0f} images/s"
-            tqdm.write(f"{rate}, and {left / 60:.1f} minutes are left: about {iterations:,} iterations in all")
+            measured = f"{speed * batch:,.0f} images/s, and {left / 60:.1f} minutes are left"
+            tqdm.write(f"{measured}: about {iterations:,} iterations in all")
     return agreed(iterations, run.device) or None
 
 
