@@ -148,7 +148,7 @@ def project(v, onto):
 
 class _Thread(threading.local):
     def __init__(self):
-        self.active = ()  # the rectifiers whose forwards are under way in this thread, by their age
+        self.active = ()  # rectifiers whose forwards are under way in this thread, the oldest context first
         self.outer = None  # while a call is answered: those of them that chose it, too, and see its steps
 
 
@@ -373,8 +373,9 @@ def rectify(model=None, *, tau=None, alpha=1.0, gamma=1.0, K=1, layers=None, row
         argument of the model, and of its output.
 
     Contexts nest; the one opened last is applied first. Other threads see ordinary attention. The model and
-    torch are left as they were, also after an exception. Compile before: plain and rectified forwards have a
-    graph each. Another float tau or other layers compile again; a 0-dimensional tensor tau does not.
+    torch are left as they were, also after an exception. If compiled, give what torch.compile returned: plain
+    and rectified forwards have a graph each. Another float tau or other layers compile again; a 0-dimensional
+    tensor tau does not. A reference to the function in a closure or a default argument is out of reach.
 
     Raises ValueError for settings out of range or without effect. Raises RuntimeError when a forward ends
     without having met every chosen layer, or the context without a forward. Warns if `when` was never true.

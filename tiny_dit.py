@@ -112,7 +112,7 @@ class Attention(nn.Module):
 
 
 def mlp(width):
-    return nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(approximate="tanh"), nn.Linear(4 * width, width))
+    return nn.Sequential(nn.Linear(width, 4 * width), nn.GELU("tanh"), nn.Linear(4 * width, width))
 
 
 class TextBlock(nn.Module):
@@ -210,8 +210,8 @@ class TinyDiT(nn.Module):
         return self.encoder(tokenize(prompts, self.config).to(self.positions.device))
 
     def patchify(self, x):  # (B, C, S, S) -> (B, N, C P P)
-        P = self.config.patch
-        return x.unflatten(3, (-1, P)).unflatten(2, (-1, P)).permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
+        x = x.unflatten(3, (self.side, -1)).unflatten(2, (self.side, -1))  # (B, C, side, P, side, P)
+        return x.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
 
     def unpatchify(self, x):  # (B, N, C P P) -> (B, C, S, S)
         P = self.config.patch

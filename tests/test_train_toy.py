@@ -286,10 +286,9 @@ def test_a_box_of_time_sets_the_iterations(tmp_path, capsys):
 
 def test_the_speed_leaves_out_the_first_steps():
     """After a slow start and then 10 steps a second, 970 fit into 100 seconds: 3 % are spare."""
-    run = SimpleNamespace(step=0, iterations=None, device="cpu")
+    run, marks = SimpleNamespace(step=0, iterations=None, device="cpu"), []
     with pytest.MonkeyPatch.context() as patch:
         for run.step, now in ((10, 60.0), (20, 61.0), (30, 62.0), (120, 71.0)):
             patch.setattr(train_toy.time, "time", lambda now=now: now)
-            marks = [] if run.step == 10 else marks
             found = train_toy.fit_iterations(run, marks, 171.0, 64)
             assert found == (None if run.step < 120 else pytest.approx(120 + 970, abs=1))
