@@ -331,8 +331,8 @@ if not QUICK:
 # With a full caption the model is right in 94 % of samples without guidance, so there is little to mend, and **CFG is ahead of
 # ERG** in density (0.954 against 0.944 at w = 1.5, 0.790 against 0.726 at w = 3) and coverage at every w. With one word there is
 # more to gain: accuracy rises from 84 % to at least 96 % at w = 1.5, and there CFG and I-ERG, with the null prompt in its negative, are
-# level in Frechet distance (5.77 and 5.78, from 6.74); at w = 3 CFG harms less. (Until now this page said that I-ERG is ahead
-# where each method is at its own best w. That is withdrawn: each w had been chosen on 112 images.)
+# level in Frechet distance (5.77 and 5.78, from 6.74); at w = 3 CFG harms less. (An earlier page had I-ERG ahead where each method
+# is at its own best w. That is withdrawn: the choice of w was made on 112 images.)
 # Without a caption CFG does not exist, and I-ERG takes the Frechet distance from 11.1 to 9.6 at w = 1.25, on both seeds; at
 # w = 2 it is at 12.6, worse than nothing. The Frechet distance turns up in every row, with a full caption from the start: more
 # w is not more quality.
@@ -587,7 +587,7 @@ print(next(line for line in claims.splitlines() if line.startswith("**undecided*
 # - **Large w without a caption.** I-ERG's gain at w = 1.25 is gone at w = 2 (Frechet distance 12.6 against 11.1 for nothing).
 # - **tau above 1.** Contrast with sharper attention costs accuracy (0.819 and 0.812 against 0.837).
 # - **The middle layers on the digits.** The weak prediction of 3:5 has 5.6 times the strong one's error at t = 0.9.
-# - **Small samples.** Two seeds of 80 images decide large gaps only. The committed tables have five, and 36 of their 112
+# - **Small samples.** Two seeds of 80 images decide large gaps only. The committed tables have five, and 34 of their 112
 #   claims are still undecided.
 #
 # ## Three things to try
