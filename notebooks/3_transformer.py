@@ -29,7 +29,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-REPOSITORY, COMMIT = "", "14cb55e7723778ecfc748a9c8b73feb7b78d2dfd"
+REPOSITORY, COMMIT = "", "051a9c0e96a016cf7938640b8a3170148823bec8"
 PLACES = (Path.cwd(), *Path.cwd().parents, Path("erg-guidance").resolve())
 ROOT = next((path for path in PLACES if (path / "notebooks/drawing.py").is_file()), None)
 if ROOT is None:
@@ -58,8 +58,8 @@ style()
 torch.set_grad_enabled(False)  # nothing is trained here
 NAMES = [name for name in ("digits", "mnist", "cifar10") if (WEIGHTS / f"{name}.pt").is_file()]
 MODELS = {name: load_checkpoint(WEIGHTS / f"{name}.pt")[0] for name in NAMES}
-print("weights:", *NAMES, "" if "cifar10" in NAMES else "(no CIFAR-10 weights: figure 1 shows them if there "
-                                                        "are)")
+more = "" if "cifar10" in NAMES else "(no CIFAR-10 weights: figure 1 shows them if there are)"
+print("weights:", *NAMES, more)
 
 
 def sheet(ax, rows, captions=(), notes=()):
@@ -535,7 +535,7 @@ for ax, name in zip(axes, ("digits", "mnist")):
     ranks = [results[name]["ranks"][f"{e.layers.start}:{e.layers.stop}"] for e in effects]
     ax.scatter(early, late, c=ranks, cmap="cividis_r", s=48, vmin=5, vmax=32, edgecolor="white", lw=0.5)
     ax.plot([0.028, 1.5], [0.028, 1.5], ls=":", color="#888888", lw=1)
-    rules = {"our rule": diagnostics.fading_layers(effects), "recommended": GUIDANCE[name]["layers"],
+    rules = {"our rule": diagnostics.fading_layers(effects), "default": GUIDANCE[name]["layers"],
              "middle third": range(3, 5)}
     for e in effects:
         text = ", ".join(rule for rule, layers in rules.items() if layers == e.layers)

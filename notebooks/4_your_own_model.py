@@ -40,7 +40,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-REPOSITORY, COMMIT = "", "14cb55e7723778ecfc748a9c8b73feb7b78d2dfd"
+REPOSITORY, COMMIT = "", "051a9c0e96a016cf7938640b8a3170148823bec8"
 PLACES = (Path.cwd(), *Path.cwd().parents, Path("erg-guidance").resolve())
 ROOT = next((path for path in PLACES if (path / "notebooks/drawing.py").is_file()), None)
 if ROOT is None:
