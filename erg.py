@@ -241,7 +241,7 @@ class _Rectifier:
         self.number, self.thread = next(self.opened), threading.get_ident()
         self.counts = []  # of each forward under way: a model may run inside itself
         self.ran = self.rectified = 0  # forwards that began, and those that were not ordinary
-        self.calls = None  # attention calls of the last forward
+        self.calls = set()  # how many attention calls forwards made
 
     def __deepcopy__(self, memo):
         """A model that is copied in a context is an ordinary one: no thread rectifies the copy."""
@@ -326,10 +326,10 @@ class _Rectifier:
         if missing or (layers is None and counts["missed"]):
             what = f"layer {min(missing)}" if missing else "a call of nn.MultiheadAttention"
             raise RuntimeError(f"{what} was not rectified. {_why_missed(counts, self.kind)}")
-        if layers is not None and self.calls not in (None, count):
-            warnings.warn(f"a forward made {count} attention calls of kind {self.kind!r}, and one before it "
-                          f"{self.calls}: does a cache skip blocks? The layers' numbers shift", stacklevel=2)
-        self.calls = count
+        if layers is not None and len(self.calls) == 1 and count not in self.calls:  # once
+            warnings.warn(f"a forward made {count} attention calls of kind {self.kind!r}, and others made "
+                          f"{min(self.calls)}: does a cache skip blocks? The layers' numbers shift", stacklevel=2)
+        self.calls.add(count)
         allowed = [{self.batch}] if self.batch is not None else [some for some in counts["samples"] if some]
         for rows in counts["rows"] if self.rows is not None or self.batch is not None else ():
             if any(rows not in lengths for lengths in allowed):

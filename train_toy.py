@@ -351,7 +351,8 @@ class Job:
 
     def export(self, table):
         """The averaged weights and the weak ones, with how they were made."""
-        notes = dict(options=self.options.given, step=self.run.step, iterations=self.run.iterations,
+        given = {name: value for name, value in self.options.given.items() if name not in ("data_dir", "out")}
+        notes = dict(options=given, step=self.run.step, iterations=self.run.iterations,
                      training_minutes=round(self.run.seconds / 60, 1), hardware=describe(self.device),
                      torch=str(torch.__version__), table=table)
         weak = copy.deepcopy(self.run.average)

@@ -1,4 +1,4 @@
-"""For pipelines of diffusers that run the model twice a step, the negative second (Flux, Qwen-Image, Wan, ...).
+"""For pipelines of diffusers that run the model twice a step, the negative second (Flux, Wan, ...).
 
     from pipelines import second_forward    # beside erg.py
     with erg.rectify(pipe.transformer, tau=0.01, layers=layers, queries=slice(-image, None),
@@ -10,10 +10,10 @@ MODELS.md has the lines for each pipeline.
 
 
 def second_forward(after):
-    """A `when` for erg.rectify that is true in every second forward at a timestep, where after(timestep) is true.
+    """A `when` for erg.rectify that is true in each second forward at a timestep, if after(timestep) is.
 
-    timestep is the largest that the model is given, a number in its own units; after(timestep) is kappa, false for
-    the first steps. Make a new one for each context.
+    timestep is the largest that the model is given, a number in its own units. after(timestep) is kappa:
+    false for the first steps. Make a new one for each context.
     """
     last = None
 

@@ -1,23 +1,23 @@
-"""ERG on a transformer of your own, all that you write beside erg.py. Run it: python examples/your_model.py"""
+"""ERG on a transformer of your own: all that you write beside erg.py. Run: python examples/your_model.py"""
 import sys
 from pathlib import Path
 import torch
-import torch.nn.functional as F
+from torch.nn import Embedding, Linear, Module, Sequential, functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # erg.py, one folder up
 import erg
 
-class Block(torch.nn.Module):
+class Block(Module):
     def __init__(self):
         super().__init__()
-        self.qkv, self.out = torch.nn.Linear(32, 96), torch.nn.Linear(32, 32)
+        self.qkv, self.out = Linear(32, 96), Linear(32, 32)
     def forward(self, x):  # the one demand: attention is F.scaled_dot_product_attention on (B, H, S, D)
         q, k, v = self.qkv(x).unflatten(-1, (3, 4, 8)).permute(2, 0, 3, 1, 4)
         return x + self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
-class YourTransformer(torch.nn.Module):
+class YourTransformer(Module):
     def __init__(self):
         super().__init__()
-        self.classes, self.blocks = torch.nn.Embedding(11, 32), torch.nn.Sequential(*[Block() for _ in range(6)])
+        self.classes, self.blocks = Embedding(11, 32), Sequential(*[Block() for _ in range(6)])
     def forward(self, x, t, label):  # x (B, 16, 32), t (B,): 0 is noise, 1 is data; label (B,): 10 is none
         return self.blocks(x + t[:, None, None] + self.classes(label)[:, None])
 
@@ -33,8 +33,8 @@ def sample_ddim(model, x, label, guidance, signal=torch.linspace(0.01, 1, 21).to
     return x
 
 if __name__ == "__main__":
-    model, x, label, none = YourTransformer().eval(), torch.randn(4, 16, 32), torch.arange(4), torch.tensor([10])
-    print(calls := erg.attention_calls(model.requires_grad_(False), x, torch.zeros(4), label))  # which layers there are
-    settings = erg.ERG(w=3.0, tau_i=0.01, layers=calls.middle_third(), kappa=0.2)  # negative: no label, and I-ERG
-    print("flow:", sample_flow(model, x, label, erg.Guidance(settings, none)).shape)  # a new Guidance for each run
-    print("noise, DDIM:", sample_ddim(model, x, label, erg.Guidance(settings, none)).shape)
+    model, x, label = YourTransformer().eval().requires_grad_(False), torch.randn(4, 16, 32), torch.arange(4)
+    print(calls := erg.attention_calls(model, x, torch.zeros(4), label))  # which layers there are
+    settings = erg.ERG(w=3.0, tau_i=0.01, layers=calls.middle_third())  # the negative: no label, and I-ERG
+    for name, sample in ("flow", sample_flow), ("noise, DDIM", sample_ddim):  # a new Guidance for each run
+        print(f"{name}:", sample(model, x, label, erg.Guidance(settings, torch.tensor([10]))).shape)

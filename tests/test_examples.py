@@ -11,7 +11,7 @@ from examples.your_model import YourTransformer, sample_ddim, sample_flow
 
 PATH = Path(__file__).resolve().parent.parent / "examples/your_model.py"
 SIGNAL = torch.linspace(0.01, 1, 21).tolist()
-OFF = erg.Guidance(erg.ERG(w=1.0, tau=0.1, negative="same"))
+OFF = erg.Guidance(erg.ERG(w=1.0, tau_i=0.1, negative="same"))
 
 
 @pytest.fixture
@@ -25,7 +25,8 @@ def model():
 
 @pytest.fixture
 def inputs():
-    return torch.randn(4, 16, 32, generator=torch.Generator().manual_seed(1), dtype=torch.float64), torch.arange(4)
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(4, 16, 32, generator=generator, dtype=torch.float64), torch.arange(4)
 
 
 def test_it_runs_as_written():
@@ -33,7 +34,8 @@ def test_it_runs_as_written():
     assert len(PATH.read_text().splitlines()) <= 40
     done = subprocess.run([sys.executable, PATH], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert "middle third of self-attention: range(2, 4)" in done.stdout and "DDIM: torch.Size([4, 16, 32])" in done.stdout
+    for text in ("middle third of self-attention: range(2, 4)", "DDIM: torch.Size([4, 16, 32])"):
+        assert text in done.stdout
 
 
 def test_the_flow_ends_at_the_data(inputs):
@@ -61,9 +63,9 @@ def test_ddim_is_that_of_diffusers(model, inputs):
     diffusers = pytest.importorskip("diffusers", reason="diffusers, whose DDIM is compared with, is missing")
     scheduler = diffusers.DDIMScheduler(num_train_timesteps=20, clip_sample=False, steps_offset=0)
     scheduler.set_timesteps(20)
-    scheduler.alphas_cumprod = torch.tensor(SIGNAL[:-1], dtype=torch.float64).flip(0)  # timestep 19 is the noisiest
+    scheduler.alphas_cumprod = torch.tensor(SIGNAL[:-1], dtype=torch.float64).flip(0)  # 19 is the noisiest
     x, label = inputs
-    settings = erg.ERG(w=3.0, tau=0.01, layers=range(2, 4), kappa=0.2)
+    settings = erg.ERG(w=3.0, tau_i=0.01, layers=range(2, 4), kappa=0.2)
     guidance, y = erg.Guidance(settings, torch.tensor([10])), x
     for i, timestep in enumerate(scheduler.timesteps):
         y = scheduler.step(guidance(model, y, i / 20, label), timestep, y).prev_sample
@@ -72,7 +74,7 @@ def test_ddim_is_that_of_diffusers(model, inputs):
 
 @pytest.mark.parametrize("sampler", [sample_flow, sample_ddim])
 def test_guided_as_written_out(model, inputs, sampler):
-    """The samplers guide by two passes as eq. 10 says, the negative without a label and rectified after kappa."""
+    """The samplers guide by two passes (eq. 10), the negative without a label and rectified after kappa."""
     x, label = inputs
 
     def by_hand(model, x, t, label):
@@ -80,11 +82,12 @@ def test_guided_as_written_out(model, inputs, sampler):
         positive = model(x, time, label)
         if t <= 0.2:
             return 3 * positive - 2 * model(x, time, torch.full((4,), 10))
-        with erg.rectify(None, tau=0.01, layers=[2, 3]):
+        with erg.rectify(tau=0.01, layers=[2, 3]):
             negative = model(x, time, torch.full((4,), 10))
         return 3 * positive - 2 * negative
 
-    settings = erg.ERG(w=3.0, tau=0.01, layers=range(2, 4), kappa=0.2)
-    result = sampler(model, x, label, erg.Guidance(settings, torch.tensor([10])))
+    settings = erg.ERG(w=3.0, tau_i=0.01, layers=range(2, 4), kappa=0.2)
+    result, cfg = (sampler(model, x, label, erg.Guidance(s, torch.tensor([10])))
+                   for s in (settings, erg.ERG(w=3.0)))
     torch.testing.assert_close(result, sampler(model, x, label, by_hand), rtol=1e-6, atol=1e-6)
-    assert (result - sampler(model, x, label, erg.Guidance(erg.ERG(w=3.0), torch.tensor([10])))).abs().max() > 1e-3
+    assert (result - cfg).abs().max() > 1e-3

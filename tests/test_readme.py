@@ -74,39 +74,3 @@ def test_the_list_of_models_is_complete():
         with erg.rectify(identity, tau=0.1, layers=[0]):
             identity(torch.zeros(1))
     assert f"RuntimeError: {error.value}".split() == re.search(r"```text\n(RuntimeError.*?)```", page, re.S).group(1).split()
-
-
-def test_multihead_attention_by_the_class_in_the_list_of_models():
-    """MODELS.md's class reaches nn.TransformerEncoder: it changes nothing itself, and rectify then tempers each layer."""
-    import torch
-    import torch.nn.functional as F
-    from torch import nn
-
-    import erg
-    code = re.search(r"```python\n(class Reached.*?)```", (ROOT / "examples/MODELS.md").read_text(), re.S).group(1)
-    torch.manual_seed(0)
-    model = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), 3).double().eval()
-    x, fast = torch.randn(2, 5, 16, dtype=torch.float64), torch.backends.mha.get_fastpath_enabled()
-    try:
-        with torch.no_grad():
-            plain = model(x)
-            torch.backends.mha.set_fastpath_enabled(False)
-            assert str(erg.attention_calls(model, x)).endswith("out of reach: 3 calls of nn.MultiheadAttention")
-            with pytest.raises(RuntimeError, match="nn.MultiheadAttention"):
-                with erg.rectify(model, tau=0.1):
-                    model(x)
-            exec(code, dict(nn=nn, F=F, torch=torch, model=model))
-            torch.testing.assert_close(model(x), plain)
-            assert [c.module for c in erg.attention_calls(model, x)] == [f"layers.{n}.self_attn" for n in range(3)]
-            results = []
-            for layer in range(3):
-                with erg.rectify(model, tau=0.0, layers=[layer]):
-                    results.append(model(x))
-            y = model.layers[0]  # tau = 0: the mean of the values
-            mean = F.linear(x, *(p.chunk(3)[2] for p in (y.self_attn.in_proj_weight, y.self_attn.in_proj_bias))).mean(1)
-            first = y.norm1(x + y.self_attn.out_proj(mean)[:, None])
-            first = y.norm2(first + y.linear2(F.relu(y.linear1(first))))
-            torch.testing.assert_close(results[0], model.layers[2](model.layers[1](first)))
-            assert all((a - b).abs().max() > 1e-3 for i, a in enumerate(results) for b in [plain, *results[:i]])
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast)

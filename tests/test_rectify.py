@@ -719,7 +719,7 @@ def test_a_branch_with_another_attention_class_is_numbered():
     for t, taus in ((0.1, [1, 0.1]), (0.9, [1, 0.1, 1, 1]), (0.1, [1, 0.1])):
         with erg.rectify(model, tau=0.1, layers=[1]):
             same(model(x, t), chain(x, taus))
-    with pytest.warns(UserWarning, match="made 4 attention calls of kind 'self', and one before it 2.*cache"):
+    with pytest.warns(UserWarning, match="made 4 attention calls of kind 'self', and others made 2.*cache"):
         with erg.rectify(model, tau=0.1, layers=[1]):
             model(x, 0.1)
             model(x, 0.9)

@@ -54,7 +54,8 @@ def describe(device):
 
 
 def half(state):
-    return {name: value.half() if value.is_floating_point() else value for name, value in state.items()}
+    return {name: value.cpu().half() if value.is_floating_point() else value.cpu()
+            for name, value in state.items()}
 
 
 def export(path, model, classifier, reference, notes):
