@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-FUNCTIONS = ("energy", "energy_gradient", "descend", "energy_attention", "attention_entropy", "temperature_for_entropy",
-             "rectified", "encode", "guided_velocity", "sample")
+FUNCTIONS = ("energy", "energy_gradient", "descend", "energy_attention", "attention_entropy",
+             "temperature_for_entropy", "rectified", "encode", "guided_velocity", "sample")
 
 
 def find(module):
@@ -25,7 +25,7 @@ def find(module):
 
 
 class Student:
-    """A student's functions as attributes; `doing` is what the running check does with them, for its message."""
+    """A student's functions as attributes; `doing` is what the running check does, for its message."""
 
     def __init__(self, functions, path):
         self.functions, self.path, self.doing = functions, str(path), ""
@@ -55,8 +55,10 @@ class Guard:
     OWNERS = (torch, F, torch.Tensor)
 
     def __init__(self):
-        self.names = [{name: value for name, value in vars(owner).items() if callable(value)} for owner in self.OWNERS]
-        self.dtype, self.grad, self.modes = torch.get_default_dtype(), torch.is_grad_enabled(), self.open_modes()
+        self.names = [{name: value for name,
+                       value in vars(owner).items() if callable(value)} for owner in self.OWNERS]
+        self.dtype, self.grad = torch.get_default_dtype(), torch.is_grad_enabled()
+        self.modes = self.open_modes()
 
     @staticmethod
     def open_modes():

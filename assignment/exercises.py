@@ -1,8 +1,9 @@
 """The graded checks: for each exercise a slow specification in plain loops, then what must be true of yours.
 
-A check is a function (student, seed) that raises Wrong with a message: what was computed, on what, what was expected,
-and what to read again. Its inputs are drawn from the seed, in float64 and rounded to two decimals, so that you can type
-them in. A difference of 1e-5 is not an error. EXERCISES is the list of all checks; grade.py runs them.
+A check is a function (student, seed) that raises Wrong with a message: what was computed, on what, what was
+expected, and what to read again. Its inputs are drawn from the seed, in float64 and rounded to two decimals,
+so that you can type them in. A difference of 1e-5 is not an error. EXERCISES is the list of all checks;
+grade.py runs them.
 """
 import contextlib
 import math
@@ -134,7 +135,7 @@ def agree(told, computed, expected, read, verb="returned", tolerance=1e-5):
 
 
 def expect(student, name, inputs, expected, read, where="", **options):
-    """Call a student's function, inputs by position and options by name, and compare; `where` is told in front."""
+    """Call a student's function, options by name, and compare; `where` is told in front."""
     student.doing = where + call(name, inputs, **options)
     agree(student.doing, getattr(student, name)(*inputs.values(), **options), expected, read)
 
@@ -162,7 +163,7 @@ def unchanged(told, before, after):
 
 
 def attempt(check, student, seed):
-    """Run one check: None if it passed, else the message for the student, whatever the student's code raises."""
+    """Run one check: None if it passed, else the message for the student, whatever the code raises."""
     student.doing = ""
     try:
         check.function(student, seed)
@@ -183,18 +184,20 @@ def explain(error, student=None, path=None):
     if frame := raised_in(error, path):
         lines.append(f"in line {frame.lineno} of {Path(frame.filename).name}: {frame.line}")
     if raises_itself(error, path) and doing:
-        lines.append("Read again: the recipe, on this error: it is a `raise` of your own, and none is due here")
+        lines.append("Read again: the recipe, on this error: it is a `raise` of your own, and none is due")
     return "\n".join(lines)
 
 
 def raises_itself(error, path):
-    """Whether it is a `raise` of the student's code that raised this error, and not for want of an exercise."""
+    """Whether a `raise` of the student's code raised this error, and not for want of an exercise."""
     frame = raised_in(error, path)
-    return bool(frame and re.search(r"\braise\b", frame.line or "") and not isinstance(error, NotImplementedError))
+    if frame is None or isinstance(error, NotImplementedError):
+        return False
+    return bool(re.search(r"\braise\b", frame.line or ""))
 
 
 def raised_in(error, path):
-    """The innermost line in the folder of the student's file, but for the grader's own files, on the error's way."""
+    """The innermost line on the error's way that is in the student's folder and not the grader's."""
     ours = {Path(__file__).resolve().parent / name for name in ("exercises.py", "adapter.py", "grade.py")}
     folder, frames = Path(path).resolve().parent, traceback.extract_tb(error.__traceback__)[-400:]
     files = [Path(frame.filename).resolve() for frame in frames]
@@ -230,9 +233,9 @@ def slow_gradient(state, patterns, tau, alpha, beta, h=1e-5):
     return gradient
 
 
-def slow_descend(state, patterns, gamma, steps, tau, alpha, beta):
+def slow_descend(state, patterns, gamma, K, tau, alpha, beta):
     """Gradient descent on slow_energy."""
-    for _ in range(steps):
+    for _ in range(K):
         gradient = slow_gradient(state, patterns, tau, alpha, beta)
         state = [x - gamma * g for x, g in zip(state, gradient)]
     return state
@@ -248,7 +251,7 @@ def energy_by_loops(student, seed):
     xi, X = draw(seed, (2, 3), (4, 3))
     beta = number(seed, 0.3, 0.9)
     expect(student, "energy", dict(xi=xi, X=X), of_each(slow_energy, xi, X, 1, 1, beta),
-           "equation 9: which of its terms has the 1/2, and where, in two places, does tau * beta stand in lse?",
+           "equation 9: which of its terms has the 1/2, and where, in two places, does b = tau * beta stand?",
            beta=beta)
 
 
@@ -257,7 +260,8 @@ def energy_tau_alpha(student, seed):
     xi, X = draw(seed + 1, (2, 3), (4, 3))
     tau, alpha, beta = number(seed, 0.1, 0.5), number(seed, 1.5, 3.0), number(seed, 0.5, 0.9)
     expect(student, "energy", dict(xi=xi, X=X), of_each(slow_energy, xi, X, tau, 1, beta),
-           "equation 9: tau multiplies beta, and b = tau * beta stands in lse(z, b) twice", tau=tau, beta=beta)
+           "equation 9: tau multiplies beta, and b = tau * beta stands in lse(z, b) twice",
+           tau=tau, beta=beta)
     expect(student, "energy", dict(xi=xi, X=X), of_each(slow_energy, xi, X, tau, alpha, beta),
            "equation 9: alpha weighs one of the two terms", tau=tau, alpha=alpha, beta=beta)
 
@@ -274,7 +278,7 @@ def energy_large(student, seed):
     scale = 100.0 * (1 + seed % 5)
     xi, X = torch.tensor([[scale, 0.0]]).double(), torch.tensor([[scale, 0.0], [0.0, scale]]).double()
     expect(student, "energy", dict(xi=xi, X=X), [0.5 * scale**2 - scale**2],
-           "lse: exp(1000) is infinite in floating point. One score is far above the rest here, so lse is that score",
+           "lse: exp(1000) is infinite in floating point. One score is far above the rest: so lse is it",
            beta=1.0)
 
 
@@ -284,8 +288,8 @@ def gradient_by_nudging(student, seed):
     read = "equation 6: it is the derivative of equation 9 with respect to xi, here measured by nudging xi"
     expect(student, "energy_gradient", dict(xi=xi, X=X), of_each(slow_gradient, xi, X, 1, 1, 3**-0.5), read)
     tau, alpha, beta = number(seed, 0.2, 0.6), number(seed, 1.5, 3.0), number(seed, 0.5, 0.9)
-    expect(student, "energy_gradient", dict(xi=xi, X=X), of_each(slow_gradient, xi, X, tau, alpha, beta), read,
-           tau=tau, alpha=alpha, beta=beta)
+    expect(student, "energy_gradient", dict(xi=xi, X=X), of_each(slow_gradient, xi, X, tau, alpha, beta),
+           read, tau=tau, alpha=alpha, beta=beta)
 
 
 @check(1, 1, "the gradient is in closed form, without autograd")
@@ -293,7 +297,8 @@ def gradient_closed_form(student, seed):
     with torch.inference_mode():
         xi, X = draw(seed + 4, (2, 3), (4, 3))
         expect(student, "energy_gradient", dict(xi=xi, X=X), of_each(slow_gradient, xi, X, 1, 1, 3**-0.5),
-               "equation 6 is a formula, and needs no autograd", where="in torch.inference_mode(), where autograd is "
+               "equation 6 is a formula, and needs no autograd",
+               where="in torch.inference_mode(), where autograd is "
                "off: ")
 
 
@@ -303,7 +308,7 @@ def descend_by_loops(student, seed):
     before, gamma, tau = xi.clone(), number(seed, 0.2, 0.7), number(seed, 0.4, 0.8)
     expect(student, "descend", dict(xi=xi, X=X), of_each(slow_descend, xi, X, gamma, 3, tau, 1.5, 3**-0.5),
            "the update below equation 6: every step needs the gradient at the state where it starts",
-           gamma=gamma, steps=3, tau=tau, alpha=1.5)
+           gamma=gamma, K=3, tau=tau, alpha=1.5)
     unchanged(student.doing, dict(xi=before), dict(xi=xi))
 
 
@@ -311,9 +316,9 @@ def descend_by_loops(student, seed):
 def energy_never_rises(student, seed):
     xi, X = draw(seed + 6, (3, 2), (4, 2), scale=2)
     energies = []
-    for steps in (1, 2, 3, 4):
-        student.doing = call("descend", dict(xi=xi, X=X), gamma=1.0, steps=steps)
-        states = student.descend(xi.clone(), X, gamma=1.0, steps=steps)
+    for K in (1, 2, 3, 4):
+        student.doing = call("descend", dict(xi=xi, X=X), gamma=1.0, K=K)
+        states = student.descend(xi.clone(), X, gamma=1.0, K=K)
         has_shape(student.doing, states, xi.shape)
         energies.append(of_each(slow_energy, states, X, 1, 1, 2**-0.5))
     energies.insert(0, of_each(slow_energy, xi, X, 1, 1, 2**-0.5))
@@ -331,7 +336,7 @@ def energy_batch(student, seed):
     for name, slow in (("energy", slow_energy), ("energy_gradient", slow_gradient)):
         expected = [[of_each(slow, xi[i, j], X[i, j], 1, 1, 0.5) for j in range(2)] for i in range(2)]
         expect(student, name, dict(xi=xi, X=X), expected,
-               "the shapes in the docstring. Here xi is (2, 2, 3, 4) and X (2, 2, 5, 4): .T would turn all four around")
+               "the shapes in the docstring. Here xi is (2, 2, 3, 4) and X (2, 2, 5, 4): .T turns all around")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -346,34 +351,35 @@ def slow_attention(query, keys, values, tau=1.0):
     return [dot(weights, column) / sum(weights) for column in zip(*values)]
 
 
-def slow_energy_attention(query, keys, values, tau, alpha, gamma, steps):
+def slow_energy_attention(query, keys, values, tau, alpha, gamma, K):
     """Algorithm 1 for one query."""
-    for _ in range(steps):
+    for _ in range(K):
         attended = slow_attention(query, keys, values, tau)
         query = [x - gamma * (x - alpha * a) for x, a in zip(query, attended)]
     return query
 
 
 def of_each_query(function, q, k, v, *settings):
-    """function(query, keys, values, *settings) of every query in q (B, H, S, D), with k and v (B, H, N, D)."""
+    """function(query, keys, values, *settings) of every query: q (B, H, S, D), k and v (B, H, N, D)."""
     B, H, S, _ = q.shape
     q, k, v = q.tolist(), k.tolist(), v.tolist()
-    return [[[function(q[b][h][s], k[b][h], v[b][h], *settings) for s in range(S)] for h in range(H)] for b in range(B)]
+    return [[[function(q[b][h][s], k[b][h], v[b][h], *settings) for s in range(S)]
+             for h in range(H)] for b in range(B)]
 
 
-def expect_algorithm_1(student, seed, read, tau=1.0, alpha=1.0, gamma=1.0, steps=1, **given):
-    """energy_attention on small tensors against the loops; `given` are the options to name in the call."""
+def expect_algorithm_1(student, seed, read, tau=1.0, alpha=1.0, gamma=1.0, K=1):
+    """energy_attention on small tensors against the loops."""
     q, k, v = draw(seed, (1, 1, 2, 2), (1, 1, 3, 2), (1, 1, 3, 2))
-    expected = of_each_query(slow_energy_attention, q, k, v, tau, alpha, gamma, steps)
-    options = dict(tau=tau, alpha=alpha, gamma=gamma, steps=steps)
-    defaults = dict(tau=1.0, alpha=1.0, gamma=1.0, steps=1)
+    expected = of_each_query(slow_energy_attention, q, k, v, tau, alpha, gamma, K)
+    options = dict(tau=tau, alpha=alpha, gamma=gamma, K=K)
     expect(student, "energy_attention", dict(q=q, k=k, v=v), expected, read,
-           **{name: value for name, value in options.items() if value != defaults[name]})
+           **{name: value for name, value in options.items() if value != 1})
 
 
 @check(2, 2, "with all four numbers at 1 it is ordinary attention")
 def attention_ordinary(student, seed):
-    expect_algorithm_1(student, seed, "Algorithm 1: with gamma = 1 the old query drops out; and its footnote: what is "
+    expect_algorithm_1(student, seed,
+                       "Algorithm 1: with gamma = 1 the old query drops out; and its footnote: what is "
                        "beta?")
     q, k, v = draw(seed, (2, 3, 4, 8), (2, 3, 5, 8), (2, 3, 5, 8))
     expect(student, "energy_attention", dict(q=q, k=k, v=v), of_each_query(slow_attention, q, k, v),
@@ -396,29 +402,30 @@ def attention_tau(student, seed):
 
 @check(2, 1, "alpha weighs the attended values alone")
 def attention_alpha(student, seed):
-    read = "Algorithm 1: alpha multiplies one of the two terms in the brackets. alpha = 0 leaves (1 - gamma) * q"
+    read = "Algorithm 1: alpha weighs one of the two terms in the brackets; alpha = 0 leaves (1 - gamma) * q"
     expect_algorithm_1(student, seed + 3, read, alpha=0.0, gamma=0.5)
     expect_algorithm_1(student, seed + 3, read, alpha=number(seed, 1.5, 3.0), gamma=number(seed, 0.3, 0.8))
 
 
 @check(2, 3, "with gamma below 1 the old query stays in part, untempered")
 def attention_residual(student, seed):
-    read = "Algorithm 1: where does tau stand, and which of the three Q have none? (Listing 2 is not Algorithm 1 here)"
+    read = "Algorithm 1: where does tau stand, and which of the three Q have none? (Listing 2 differs here)"
     expect_algorithm_1(student, seed + 4, read, gamma=number(seed, 0.3, 0.8))
     expect_algorithm_1(student, seed + 4, read, tau=number(seed, 0.1, 0.4), gamma=number(seed, 0.3, 0.8))
 
 
 @check(2, 2, "K steps are K passes through the loop")
 def attention_steps(student, seed):
-    read = "Algorithm 1: each step starts from the query that the one before it returned; keys, values and tau stay"
-    expect_algorithm_1(student, seed + 5, read, steps=3)
+    read = "Algorithm 1: each step starts from the query of the one before; keys, values and tau stay"
+    expect_algorithm_1(student, seed + 5, read, K=3)
     expect_algorithm_1(student, seed + 5, read, tau=number(seed, 0.2, 0.6), alpha=number(seed, 1.2, 2.0),
-                       gamma=number(seed, 0.4, 0.8), steps=3)
+                       gamma=number(seed, 0.4, 0.8), K=3)
 
 
 @check(2, 1, "large scores do not overflow")
 def attention_large(student, seed):
-    q, v = torch.tensor([[[[1.0, 0.0], [0.0, 1.0]]]]).double() * 200 * (1 + seed % 5), draw(seed, (1, 1, 2, 2))[0]
+    q = 200 * (1 + seed % 5) * torch.eye(2, dtype=torch.float64)[None, None]
+    v, = draw(seed, (1, 1, 2, 2))
     expect(student, "energy_attention", dict(q=q, k=q, v=v), v,
            "softmax: exp(1000) is infinite in floating point. Each query fits one key alone here")
 
@@ -427,8 +434,8 @@ def attention_large(student, seed):
 def attention_inputs(student, seed):
     inputs = dict(zip("qkv", draw(seed + 6, (1, 1, 2, 2), (1, 1, 3, 2), (1, 1, 3, 2))))
     before = {name: x.clone() for name, x in inputs.items()}
-    student.doing = call("energy_attention", inputs, tau=0.5, gamma=0.5, steps=2)
-    answer = student.energy_attention(*inputs.values(), tau=0.5, gamma=0.5, steps=2)
+    student.doing = call("energy_attention", inputs, tau=0.5, gamma=0.5, K=2)
+    answer = student.energy_attention(*inputs.values(), tau=0.5, gamma=0.5, K=2)
     unchanged(student.doing, before, inputs)
     has_shape(student.doing, answer, (1, 1, 2, 2))
 
@@ -448,7 +455,8 @@ def slow_entropy(query, keys, tau):
 
 def entropies(q, k, tau):
     """slow_entropy of every query: q (B, H, S, D), k (B, H, N, D) -> (B, H, S)."""
-    return torch.tensor(of_each_query(lambda query, keys, _: slow_entropy(query, keys, float(tau)), q, k, k)).double()
+    values = of_each_query(lambda query, keys, _: slow_entropy(query, keys, float(tau)), q, k, k)
+    return torch.tensor(values).double()
 
 
 @check(3, 2, "the entropy is that of the loops")
@@ -475,7 +483,7 @@ def entropy_of_zeros(student, seed):
     k = torch.tensor([[[[3.0, 1.0], [1.0, 3.0], [-2.0, -2.0]]]]).double()[:, :, torch.randperm(
         3, generator=torch.Generator().manual_seed(seed))]
     expect(student, "attention_entropy", dict(q=q, k=k), torch.zeros(1, 1, 2),
-           "one weight is 1 here and the others are 0 in floating point: what is the limit of p log p as p goes to 0?",
+           "one weight is 1 here and the others are 0 in floating point: what is the limit of p log p at 0?",
            tau=1000.0 * (2 + seed % 3))
 
 
@@ -483,8 +491,8 @@ def entropy_of_zeros(student, seed):
 def entropy_tau(student, seed):
     q, k = draw(seed + 2, (1, 1, 2, 4), (1, 1, 3, 4))
     for tau in (number(seed, 0.2, 0.5), number(seed, 2.0, 4.0)):
-        expect(student, "attention_entropy", dict(q=q, k=k), entropies(q, k, tau), "the footnote of Algorithm 1",
-               tau=tau)
+        expect(student, "attention_entropy", dict(q=q, k=k), entropies(q, k, tau),
+               "the footnote of Algorithm 1", tau=tau)
 
 
 @check(3, 1, "the entropy falls as tau rises")
@@ -522,7 +530,7 @@ def temperature_meets_target(student, seed):
                            "the recipe: is the mean taken over all queries, and the right half kept?")
     q, k = draw(seed + 5, (1, 2, 3, 2), (1, 2, 4, 2), scale=0.2)
     expect_temperature(student, q, k, 0.5 * math.log(4),
-                       "the recipe: these scores are small, so tau must be large; how far does your search reach?")
+                       "the recipe: these scores are small, so tau must be large; how far do you search?")
 
 
 @check(3, 1, "an entropy out of reach is a ValueError")
@@ -551,7 +559,7 @@ def slow_rectified(n, q, k, v, tau, layers, rows):
 
 
 def forward_of(seed, keys, rows=1):
-    """A "model": the q, k, v of its attention calls; `keys` has the number of keys of each, with 2 queries always."""
+    """A "model": the q, k, v of its attention calls, each with 2 queries and as many keys as `keys` says."""
     return [draw(100 * seed + i, (rows, 1, 2, 2), (rows, 1, N, 2), (rows, 1, N, 2), scale=1.5)
             for i, N in enumerate(keys)]
 
@@ -571,7 +579,7 @@ def told_forward(calls):
 
 
 def compare_forward(told, calls, answers, temperature, read):
-    """Raise Wrong unless call i, row b was answered at temperature(n, b); n is its number, None for cross-attention."""
+    """Raise Wrong unless row b of call n was answered at temperature(n, b); n is None if it is cross."""
     n = -1
     for i, ((q, k, v), answer) in enumerate(zip(calls, answers)):
         cross = q.shape[-2] != k.shape[-2]
@@ -582,8 +590,9 @@ def compare_forward(told, calls, answers, temperature, read):
             expected = slow_rectified(0, q[row], k[row], v[row], tau, [0], None)
             plain = slow_rectified(0, q[row], k[row], v[row], 1.0, [0], None)
             untouched = " (it was answered at 1.0)" * (tau != 1.0 and alike(answer[row], plain))
-            agree(f"{told}\nattention call {i} ({kind}), row {b}, must be answered at temperature {tau}{untouched}\n"
-                  f"  q = {show(q[row])}\n  k = {show(k[row])}\n  v = {show(v[row])}", answer[row], expected, read)
+            agree(f"{told}\nattention call {i} ({kind}), row {b}, must be answered at temperature "
+                  f"{tau}{untouched}\n  q = {show(q[row])}\n  k = {show(k[row])}\n  v = {show(v[row])}",
+                  answer[row], expected, read)
 
 
 def alike(computed, expected):
@@ -617,7 +626,8 @@ def expect_plain(told, calls, function, read):
 def rectified_single(student, seed):
     read = "section 3.1: tau multiplies beta; in code, scaling the queries by tau does it"
     expect_forward(student, forward_of(seed, (2,)), number(seed, 0.1, 0.4), [0], read)
-    expect_forward(student, forward_of(seed, (2,)), 0.0, [0], "section 3.1: tau = 0 is uniform attention, not 'off'")
+    expect_forward(student, forward_of(seed, (2,)), 0.0, [0],
+                   "section 3.1: tau = 0 is uniform attention, not 'off'")
 
 
 @check(4, 2, "the chosen layers run at temperature tau, the others at 1")
@@ -636,7 +646,7 @@ def rectified_cross(student, seed):
 
 @check(4, 3, "only the rows of the slice are tempered")
 def rectified_rows(student, seed):
-    read = "section 3.1: only 'the negative/unconditional prediction part' is rectified: the rows of the slice"
+    read = "section 3.1: only 'the negative/unconditional prediction part' is rectified: rows of the slice"
     tau = number(seed, 0.1, 0.4)
     expect_forward(student, forward_of(seed + 4, (2, 2), rows=4), tau, {0}, read, rows=slice(2, 4))
     expect_forward(student, forward_of(seed + 5, (2, 2), rows=4), tau, {1}, read, rows=slice(1, 3))
@@ -646,8 +656,10 @@ def rectified_rows(student, seed):
 @check(4, 1, "masks are passed on, untempered")
 def rectified_mask(student, seed):
     (q, k, v), = forward_of(seed + 6, (2,))
-    bias, tau = draw(seed, (2, 2))[0] + torch.tensor([[2.0, -2.0], [0.0, 1.0]]).double(), number(seed, 0.1, 0.4)
-    for told, args, options in (("attn_mask=mask", (), dict(attn_mask=bias.clone())), ("mask", (bias.clone(),), {})):
+    bias = draw(seed, (2, 2))[0] + torch.tensor([[2.0, -2.0], [0.0, 1.0]]).double()
+    tau = number(seed, 0.1, 0.4)
+    for told, args, options in (("attn_mask=mask", (), dict(attn_mask=bias.clone())),
+                                ("mask", (bias.clone(),), {})):
         student.doing = (f"{told_context(tau, [0])} F.scaled_dot_product_attention(q, k, v, {told}) with\n"
                          + listed(dict(q=q, k=k, v=v, mask=bias)))
         with student.rectified(tau, [0]):
@@ -668,14 +680,17 @@ def slow_masked(q, k, v, factor, bias):
 @check(4, 1, "scale and is_causal are passed on, and all may come by name")
 def rectified_options(student, seed):
     (q, k, v), = forward_of(seed + 7, (2,))
-    tau, scale, causal = number(seed, 0.1, 0.4), number(seed, 1.0, 2.0), torch.tensor([[0.0, -math.inf], [0.0, 0.0]])
-    inputs, read = dict(q=q, k=k, v=v), "the recipe: the call is handed on 'with everything else that it was given'"
+    tau, scale = number(seed, 0.1, 0.4), number(seed, 1.0, 2.0)
+    causal, inputs = torch.tensor([[0.0, -math.inf], [0.0, 0.0]]), dict(q=q, k=k, v=v)
+    read = "the recipe: the call is handed on 'with everything else that it was given'"
     for named, options, expected in (
             (False, dict(scale=scale), slow_masked(q, k, v, tau * scale, torch.zeros(2, 2))),
             (False, dict(is_causal=True), slow_masked(q, k, v, tau * 2**-0.5, causal)),
             (True, dict(), slow_masked(q, k, v, tau * 2**-0.5, torch.zeros(2, 2)))):
-        told = ", ".join(["query=q, key=k, value=v" if named else "q, k, v", *(f"{n}={x}" for n, x in options.items())])
-        student.doing = f"{told_context(tau, [0])} F.scaled_dot_product_attention({told}) with\n{listed(inputs)}"
+        told = ", ".join(["query=q, key=k, value=v" if named else "q, k, v",
+                          *(f"{n}={x}" for n, x in options.items())])
+        student.doing = (f"{told_context(tau, [0])} F.scaled_dot_product_attention({told}) with\n"
+                         + listed(inputs))
         with student.rectified(tau, [0]):
             answer = (F.scaled_dot_product_attention(query=q.clone(), key=k, value=v) if named else
                       F.scaled_dot_product_attention(q.clone(), k, v, **options))
@@ -684,7 +699,8 @@ def rectified_options(student, seed):
 
 @check(4, 1, "after the context all is as it was")
 def rectified_restores(student, seed):
-    calls, function, tau = forward_of(seed + 8, (2, 2), rows=2), F.scaled_dot_product_attention, number(seed, 0.1, 0.4)
+    calls, tau = forward_of(seed + 8, (2, 2), rows=2), number(seed, 0.1, 0.4)
+    function = F.scaled_dot_product_attention
     before = [[x.clone() for x in call] for call in calls]
     student.doing = f"{told_context(tau, [0, 1])} {told_forward(calls)}"
     plain = run(calls)
@@ -708,8 +724,9 @@ class Interruption(Exception):
 
 @check(4, 1, "after an exception, too, and it passes through")
 def rectified_exception(student, seed):
-    calls, function, tau = forward_of(seed + 9, (2, 2)), F.scaled_dot_product_attention, number(seed, 0.1, 0.4)
-    student.doing = f"{told_context(tau, [0, 1])} a forward that raises an error after its first attention call"
+    calls, tau = forward_of(seed + 9, (2, 2)), number(seed, 0.1, 0.4)
+    function = F.scaled_dot_product_attention
+    student.doing = f"{told_context(tau, [0, 1])} a forward that raises an error after its first call"
     try:
         plain = run(calls[:1])
         with student.rectified(tau, [0, 1]):
@@ -732,7 +749,7 @@ def rectified_exception(student, seed):
 def rectified_missed(student, seed):
     calls = forward_of(seed + 10, (2, 2, 3))
     for layers in ({7 + seed % 3}, {0, 2}):
-        student.doing = f"{told_context(0.1, layers)} a forward with self-attention 0 and 1, and one cross-attention"
+        student.doing = f"{told_context(0.1, layers)} a forward of self-attention 0, 1 and a cross-attention"
         context = student.rectified(0.1, layers)
         context.__enter__()  # neither this nor the forward may raise
         run(calls)
@@ -745,14 +762,14 @@ def rectified_missed(student, seed):
 def rectified_nested(student, seed):
     calls, function = forward_of(seed + 11, (2, 2, 2)), F.scaled_dot_product_attention
     outer, inner = number(seed, 0.1, 0.2), number(seed, 0.3, 0.4)
-    student.doing = (f"{told_context(outer, [0, 2])}\n    {told_context(inner, [1])} the first two attention calls\n"
+    student.doing = (f"{told_context(outer, [0, 2])}\n    {told_context(inner, [1])} the first two calls\n"
                      "    then the third")
     with student.rectified(outer, [0, 2]):
         with student.rectified(inner, [1]):
             answers = run(calls[:2])
         answers += run(calls[2:])
     compare_forward(student.doing, calls, answers, lambda n, b: (outer, inner, outer)[n],
-                    "the recipe: the inner context hands its calls on to the outer one, and puts that back at its end")
+                    "the recipe: the inner context hands its calls on to the outer one, and puts it back")
     expect_plain(student.doing, calls, function, "the recipe: what was there before you, when you came?")
 
 
@@ -772,7 +789,7 @@ class ToyModel:
     """Two attention layers that `Rectify` can temper; keeps a list of what each forward was given."""
 
     def __init__(self, seed, settings=None):
-        angle = 3 * draw(seed, (2, 3))[0]  # of rotations: with them attention is neither uniform nor saturated
+        angle = 3 * draw(seed, (2, 3))[0]  # rotations: attention is neither uniform nor saturated
         rotation = torch.stack([angle.cos(), -angle.sin(), angle.sin(), angle.cos()], dim=-1)
         self.weights, self.settings, self.forwards = 1.5 * rotation.unflatten(-1, (2, 2)), settings, []
 
@@ -798,7 +815,7 @@ class ToyDenoiser(ToyModel):
     def __call__(self, x, t, condition):
         if getattr(t, "shape", None) != (len(x),) or len(condition) != len(x):
             wrong("guided_velocity", f"called the model with x of shape {tuple(x.shape)}, condition of shape "
-                  f"{tuple(condition.shape)} and t = {show(t)}; all must have as many rows, so t is ({len(x)},)",
+                  f"{tuple(condition.shape)} and t = {show(t)}; all need as many rows: t is ({len(x)},)",
                   "the shapes in the docstring")
         self.forwards.append((len(x), condition))
         tokens = torch.cat([x, condition], dim=1) + t.to(x)[:, None, None]
@@ -827,8 +844,8 @@ class Rectify:
     def never_used(self):
         """What is wrong if no context was entered, else None."""
         if not self.calls:
-            return "never called the `rectify` that it was given (`rectified` does not reach the grader's model)"
-        return None if self.uses else "called `rectify`, but never entered it: a context acts in a `with` block alone"
+            return "never called the `rectify` that it was given (`rectified` does not reach this model)"
+        return None if self.uses else "called `rectify`, but never entered it: it acts in a `with` block"
 
 
 def slow_encode(plain, tempered, tokens):
@@ -837,9 +854,9 @@ def slow_encode(plain, tempered, tokens):
 
 
 def encodings(student, seed, L=3, tau=None):
-    """Call encode on a toy encoder; returns how it is told, the two encodings, those expected, and the encoder."""
+    """Call encode; returns how it is told, the two encodings, those expected, encoder and context."""
     encoder, layers, generator = ToyEncoder(seed), [seed % 2], torch.Generator().manual_seed(seed)
-    tokens = torch.stack([1 + torch.randperm(5, generator=generator)[:L] for _ in range(2)])  # no two alike in a text
+    tokens = torch.stack([1 + torch.randperm(5, generator=generator)[:L] for _ in range(2)])  # no two alike
     tau = number(seed, 0.1, 0.4) if tau is None else tau
     student.doing = call("encode", dict(encoder=Named("a toy encoder of two layers"), tokens=tokens),
                          tau=tau, layers=layers, rectify=Named("the grader's"))
@@ -851,14 +868,15 @@ def encodings(student, seed, L=3, tau=None):
         if torch.allclose(*expected) or not raises_itself(error, student.path):
             raise
         wrong(student.doing, f"raised {type(error).__name__}: {error}\nuntil then it "
-              f"{misused(encoder, rectify) or 'ran the encoder as it should, and the encodings differ'}", ONE_OF_TWO)
+              f"{misused(encoder, rectify) or 'ran the encoder as it should, and the encodings differ'}",
+              ONE_OF_TWO)
     if not isinstance(answer, (tuple, list)) or len(answer) != 2:
         wrong(student.doing, f"returned {show(answer)}, a {type(answer).__name__}; expected two encodings, "
               "(strong, weak)", "the docstring")
     return student.doing, answer, expected, encoder, rectify
 
 
-ONE_OF_TWO = "the recipe, and the hint: one context is one forward; one run of the two is in a `with rectify(...)`"
+ONE_OF_TWO = "the recipe, and the hint: one context is one forward; one of the two runs is in it"
 
 
 def misused(encoder, rectify):
@@ -872,7 +890,8 @@ def misused(encoder, rectify):
 def encode_strong(student, seed):
     told, (strong, _), expected, encoder, _ = encodings(student, seed)
     if encoder.forwards and all(settings for _, settings in encoder.forwards):
-        wrong(told, "ran the encoder within the context alone; the strong encoding is made outside of it", ONE_OF_TWO)
+        wrong(told, "ran the encoder within the context alone; the strong encoding is made outside of it",
+              ONE_OF_TWO)
     agree(f"the first of {told}", strong, expected[0],
           "section 3.2: phi_c = Enc(c), and the order of the two in the docstring")
 
@@ -882,7 +901,8 @@ def encode_weak(student, seed):
     told, (_, weak), expected, encoder, rectify = encodings(student, seed + 1)
     if unused := rectify.never_used():
         wrong(told, unused, ONE_OF_TWO)
-    agree(f"the second of {told}", weak, expected[1], "section 3.2: phi_c^tau = Enc(c) with the tempered layers, "
+    agree(f"the second of {told}", weak, expected[1],
+          "section 3.2: phi_c^tau = Enc(c) with the tempered layers, "
           "and the order of the two in the docstring")
 
 
@@ -894,7 +914,8 @@ def encode_settings(student, seed):
     if unused := rectify.never_used():
         wrong(told, unused, ONE_OF_TWO)
     if uses != [wanted]:
-        wrong(told, f"called rectify with (tau, layers, rows) = {uses}; expected one call with {wanted}", "the recipe")
+        wrong(told, f"called rectify with (tau, layers, rows) = {uses}; expected one call with {wanted}",
+              "the recipe")
 
 
 @check(5, 1, "the encoder runs twice, once of it in the context")
@@ -906,7 +927,8 @@ def encode_runs(student, seed):
 
 @check(5, 1, "equal encodings are a ValueError")
 def encode_equal(student, seed):
-    for L, tau, why in ((3, 1.0, "tau = 1 changes nothing"), (1, 0.1, "one token attends to itself, whatever tau is")):
+    for L, tau, why in ((3, 1.0, "tau = 1 changes nothing"),
+                        (1, 0.1, "one token attends to itself, whatever tau is")):
         read = f"the recipe: {why}, so that both encodings are equal here"
         student.doing = f"encode(...) on a text of {L} tokens with tau={tau}"
         with expect_error(ValueError, student.doing, read):
@@ -922,18 +944,20 @@ def slow_guided_velocity(plain, rectified, x, t, condition, negative, w, kappa):
 
 
 def expect_guided(student, seed, t, kappa, read, w=None, has_negative=True):
-    """guided_velocity on a toy denoiser against two forwards; returns how it is told, the forwards, conditions."""
+    """guided_velocity against two forwards; returns the model's forwards and the conditions."""
     x, condition, negative = draw(seed, (2, 1, 2), (2, 2, 2), (2, 2, 2), scale=0.5)
     negative, w = negative if has_negative else None, number(seed, 1.5, 4.0) if w is None else w
-    model, layers, tau = ToyDenoiser(seed), [seed % 2], number(seed, 0.05, 0.2)
-    inputs = dict(model=Named("a toy denoiser of two layers"), x=x, t=t, condition=condition, negative=negative)
-    student.doing = call("guided_velocity", inputs, w=w, tau=tau, layers=layers, kappa=kappa,
+    model, layers, tau_i = ToyDenoiser(seed), [seed % 2], number(seed, 0.05, 0.2)
+    inputs = dict(model=Named("a toy denoiser of two layers"), x=x, t=t, condition=condition,
+                  negative=negative)
+    student.doing = call("guided_velocity", inputs, w=w, tau_i=tau_i, layers=layers, kappa=kappa,
                          rectify=Named("the grader's"))
-    models = ToyDenoiser(seed), ToyDenoiser(seed, settings=(tau, layers, None))
+    models = ToyDenoiser(seed), ToyDenoiser(seed, settings=(tau_i, layers, None))
     expected, v_pos, v_neg = (slow_guided_velocity(*models, x, t, condition, negative, weight, kappa)
                               for weight in (w, 1, 0))
     rectify = Rectify(model)
-    answer = student.guided_velocity(model, x, t, condition, negative, w, tau, layers, kappa, rectify=rectify)
+    answer = student.guided_velocity(model, x, t, condition, negative, w, tau_i, layers, kappa,
+                                     rectify=rectify)
     if rectify.calls and not rectify.uses and t > kappa and w != 1:
         wrong(student.doing, rectify.never_used(), "the recipe: the forward belongs in the context")
     agree(f"{student.doing}\n(where v_pos is {show(v_pos)}, and v_neg {show(v_neg)})", answer, expected, read)
@@ -949,16 +973,16 @@ def expect_rows(student, forwards, rows, read):
 @check(6, 3, "after kappa it is equation 10, the negative rectified")
 def guided_late(student, seed):
     expect_guided(student, seed, 0.75, 0.25,
-                  "equation 10: the weights are w and 1 - w; v_neg is the rectified model with the negative's "
-                  "condition, v_pos neither")
+                  "equation 10: the weights are w and 1 - w; v_neg is the rectified model with the "
+                  "negative's condition, v_pos neither")
 
 
 @check(6, 2, "one forward of 2B rows, the positive ones first")
 def guided_batched(student, seed):
     forwards, condition, negative = expect_guided(student, seed + 1, 0.75, 0.25, "equation 10")
     expect_rows(student, forwards, [4], "the recipe: B is 2 here")
-    agree(student.doing, forwards[0][1], torch.cat([condition, negative]), "the recipe: 'the positive ones first'",
-          verb="called the model with the conditions")
+    agree(student.doing, forwards[0][1], torch.cat([condition, negative]),
+          "the recipe: 'the positive ones first'", verb="called the model with the conditions")
 
 
 @check(6, 2, "up to and at kappa the negative is not rectified")
@@ -976,13 +1000,15 @@ def guided_off(student, seed):
 
 @check(6, 2, "without a negative it is the same condition, rectified after kappa")
 def guided_same(student, seed):
-    expect_guided(student, seed + 5, 0.75, 0.25, "the recipe: None stands for the condition itself, and after kappa "
+    expect_guided(student, seed + 5, 0.75, 0.25,
+                  "the recipe: None stands for the condition itself, and after kappa "
                   "the negative rows are rectified as ever", has_negative=False)
 
 
 @check(6, 1, "without a negative and up to kappa it is one plain forward of B rows")
 def guided_same_early(student, seed):
-    forwards, *_ = expect_guided(student, seed + 6, 0.25, 0.25, "equation 10 with v_neg = v_pos", has_negative=False)
+    forwards, *_ = expect_guided(student, seed + 6, 0.25, 0.25, "equation 10 with v_neg = v_pos",
+                                 has_negative=False)
     expect_rows(student, forwards, [2], "the recipe: the negative equals the positive here; B is 2")
 
 
@@ -1028,8 +1054,8 @@ def sample_point(student, seed):
 
     for steps in (1, 2, 7):
         expect_sample(student, f"({show(point)} - x) / (1 - t)", velocity, noise, point.expand_as(noise),
-                      "section 2.1: with one data point, x_t = (1 - t) * noise + t * point is a straight line, which "
-                      "Euler's method follows exactly", steps=steps)
+                      "section 2.1: with one data point, x_t = (1 - t) * noise + t * point is straight, and "
+                      "Euler's method follows it exactly", steps=steps)
 
 
 @check(7, 1, "the velocity is asked for at t = 0, 1/steps, ..., never at 1")
@@ -1043,7 +1069,8 @@ def sample_times(student, seed):
     student.doing = call("sample", dict(velocity=Named("lambda x, t: 0 * x"), noise=noise), steps=steps)
     student.sample(velocity, noise, steps)
     agree(student.doing, torch.tensor(times), [i / steps for i in range(steps)],
-          "the recipe: t = 0 is noise; a step starts at t and ends at t + 1/steps", verb="called velocity at t =")
+          "the recipe: t = 0 is noise; a step starts at t and ends at t + 1/steps",
+          verb="called velocity at t =")
 
 
 @check(7, 1, "the trajectory has all of x, the noise first")
@@ -1053,23 +1080,28 @@ def sample_trajectory(student, seed):
     def velocity(x, t):
         return rate * x + t
 
-    path = torch.tensor([slow_sample(velocity, x, 3) for x in noise.flatten().tolist()]).T[..., None]  # (4, B, 1)
+    paths = [slow_sample(velocity, x, 3) for x in noise.flatten().tolist()]
+    path = torch.tensor(paths).T[..., None]  # (4, B, 1)
     expect_sample(student, f"{rate} * x + t", velocity, noise, path,
-                  "the docstring: x at t = 0, 1/steps, ..., 1, of shape (steps + 1, B, ...); here the first step goes "
-                  f"from x to x + ({rate} * x + 0)/3, the second adds 1/3 to the velocity", steps=3, trajectory=True)
+                  "the docstring: x at t = 0, 1/steps, ..., 1, of shape (steps + 1, B, ...); here the first "
+                  f"step goes from x to x + ({rate} * x + 0)/3, the second adds 1/3 to the velocity",
+                  steps=3, trajectory=True)
 
 
 @check(7, 1, "the error falls as 1/steps")
 def sample_converges(student, seed):
     noise, rate, errors = torch.ones(1, 1).double(), number(seed, 0.5, 1.5), []
     for steps in (50, 100):
-        student.doing = call("sample", dict(velocity=Named(f"lambda x, t: {rate} * x"), noise=noise), steps=steps)
+        student.doing = call("sample", dict(velocity=Named(f"lambda x, t: {rate} * x"), noise=noise),
+                             steps=steps)
         x = student.sample(lambda x, t: rate * x, noise.clone(), steps)
         has_shape(student.doing, x, (1, 1))
         errors.append(abs(float(x) - math.exp(rate)))
     if not (1.9 < errors[0] / max(errors[1], 1e-12) < 2.1 and errors[1] < 0.1):
-        wrong(student.doing, f"is {errors[1]:.3g} away from exp({rate}), and with 50 steps {errors[0]:.3g}; expected "
-              "half the error with twice the steps (Euler's method is of first order)", "the equation in the docstring")
+        wrong(student.doing,
+              f"is {errors[1]:.3g} away from exp({rate}), and with 50 steps {errors[0]:.3g}; expected "
+              "half the error with twice the steps (Euler's method is of first order)",
+              "the equation in the docstring")
 
 
 @check(7, 1, "the noise is left as it is")

@@ -5,10 +5,11 @@
     python assignment/grade.py my_solution.py --json results.json   # also as Gradescope's results
     python assignment/grade.py submission/solution.py --gradescope  # the same, where Gradescope looks for it
 
-A process of its own, the worker, imports the file and runs the checks one after another. It reports the beginning and
-the result of each through a pipe, in lines that begin with a random token; what the student's code prints is dropped.
-If a check takes longer than --timeout seconds, or ends its process, that check fails, and a new worker goes on with the
-next one. This stops accidents, not attackers: the student's code runs with your rights, and could find the token.
+A process of its own, the worker, imports the file and runs the checks one after another. It reports the
+beginning and the result of each through a pipe, in lines that begin with a random token; what the student's
+code prints is dropped. If a check takes longer than --timeout seconds, or ends its process, that check fails,
+and a new worker goes on with the next one. This stops accidents, not attackers: the student's code runs with
+your rights, and could find the token.
 
 Exit status: 0 if it graded, whatever the points; 1 if the worker could not start; 2 for a wrong command line.
 """
@@ -36,7 +37,7 @@ START = 300  # seconds for a worker to import torch; a cold disk can be slow
 def work():
     """Read a job from stdin, report through what was stdout."""
     job = json.loads(sys.stdin.readline())
-    pipe = os.fdopen(os.dup(1), "w", encoding="ascii")  # not inherited by processes that the student's code starts
+    pipe = os.fdopen(os.dup(1), "w", encoding="ascii")  # processes that the student starts do not inherit it
 
     def report(**message):
         print(job["token"], json.dumps(message), file=pipe, flush=True)
@@ -138,7 +139,8 @@ def grade(path, seed=0, only=None, timeout=20.0, memory=4.0, prints=False):
     """Grade the file at `path`: {exercises, checks (each with its message, None if it passed), note}."""
     plan, messages, note = None, {}, ""
     while plan is None or len(messages) < len(plan["checks"]):
-        worker = Worker(dict(path=str(path), seed=seed, only=only, memory=memory, prints=prints, done=list(messages)))
+        worker = Worker(dict(path=str(path), seed=seed, only=only, memory=memory, prints=prints,
+                             done=list(messages)))
         try:
             plan, trouble = worker.hear(START)
             if trouble:
@@ -151,14 +153,15 @@ def grade(path, seed=0, only=None, timeout=20.0, memory=4.0, prints=False):
 
 
 def follow(worker, ids, messages, timeout):
-    """Fill in `messages`, a result for each id, until the worker ends; returns a note on the import of the file."""
+    """Fill in `messages`, one for each id, until the worker ends; returns a note on the import."""
     message, trouble = worker.hear(timeout)
     if trouble or message["failed"]:
-        note = (f"importing the file {trouble} It must only define things: run them below if __name__ == '__main__'"
+        note = (f"importing the file {trouble} It must only define things: run them below `if __name__ ...`"
                 if trouble else f"the file could not be imported\n{message['failed']}")
         messages.update({id: note for id in ids if id not in messages})
         return note
-    note = f"importing the file replaced {', '.join(message['changed'])}; this was undone" if message["changed"] else ""
+    changed = ", ".join(message["changed"])
+    note = f"importing the file replaced {changed}; this was undone" if changed else ""
     running = None
     while len(messages) < len(ids):
         message, trouble = worker.hear(timeout)
@@ -207,7 +210,8 @@ def gradescope(report, seconds):
     """The report in the format of Gradescope's results.json."""
     tests = [dict(name=check["name"], number=check["id"], score=scored(check), max_score=check["points"],
                   status="passed" if check["message"] is None else "failed", output=check["message"] or "",
-                  visibility="visible", tags=[f"exercise {check['id'].split('.')[0]}"]) for check in report["checks"]]
+                  visibility="visible", tags=[f"exercise {check['id'].split('.')[0]}"])
+             for check in report["checks"]]
     return dict(score=sum(test["score"] for test in tests), output=report["note"], visibility="visible",
                 stdout_visibility="hidden", execution_time=round(seconds, 2), tests=tests)
 
@@ -218,16 +222,19 @@ def write(path, results):
 
 
 def arguments():
-    parser = argparse.ArgumentParser(usage="%(prog)s student.py [options]", description=__doc__.split("\n\n")[0])
+    parser = argparse.ArgumentParser(usage="%(prog)s student.py [options]",
+                                     description=__doc__.split("\n\n")[0])
     add = parser.add_argument
     add("student", type=Path, help="the student's file")
     add("--seed", type=int, default=0, help="draws the inputs; hidden tests are the same with other seeds")
-    add("--only", type=int, nargs="+", choices=range(1, 8), metavar="N", help="these exercises alone, of 1 to 7")
+    add("--only", type=int, nargs="+", choices=range(1, 8), metavar="N",
+        help="these exercises alone, of 1 to 7")
     add("--timeout", type=float, default=20.0, help="seconds for each check, and for importing the file (20)")
     add("--memory", type=float, default=4.0, help="GiB that the student's code may take, on Linux (4)")
     add("--prints", action="store_true", help="show what the student's code prints (on stderr)")
     add("--json", type=Path, metavar="FILE", help="write Gradescope's results there")
-    add("--gradescope", action="store_const", dest="json", const=GRADESCOPE, help=f"the same as --json {GRADESCOPE}")
+    add("--gradescope", action="store_const", dest="json", const=GRADESCOPE,
+        help=f"the same as --json {GRADESCOPE}")
     return parser
 
 

@@ -1,7 +1,8 @@
 """Pack what grades submissions on Gradescope into autograder.zip, or what students get into assignment.zip.
 
-    python assignment/make_autograder.py --seed 4711    # autograder.zip: the seed of the hidden inputs is in it
-    python assignment/make_autograder.py --students     # assignment.zip: handout, starter, grader; nothing to hide
+    python assignment/make_autograder.py --seed 4711    # autograder.zip: the seed of the hidden inputs is in
+    it python assignment/make_autograder.py --students     # assignment.zip: handout, starter, grader; nothing
+    to hide
 """
 import argparse
 import zipfile

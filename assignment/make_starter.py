@@ -1,4 +1,4 @@
-"""Write starter.py, the file that students fill in, from solution.py: every solution becomes a NotImplementedError.
+"""Write starter.py from solution.py: every solution becomes a NotImplementedError.
 
     python assignment/make_starter.py [--out FILE]
 """
@@ -10,7 +10,7 @@ HERE = Path(__file__).resolve().parent
 
 
 def starter(source):
-    """solution.py as text -> starter.py as text: without what is between # BEGIN SOLUTION and # END SOLUTION."""
+    """solution.py as text -> starter.py as text, without what stands between BEGIN and END SOLUTION."""
     lines, exercise, function, inside = [], None, None, False
     for line in source.splitlines():
         if match := re.match(r"# Exercise (\d+)", line):

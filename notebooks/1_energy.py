@@ -21,19 +21,20 @@
 # You need to know what softmax attention and a gradient are; no diffusion model appears before notebook 2.
 #
 # *Conventions*: tau multiplies $\beta = 1/\sqrt d$, so tau < 1 flattens attention, tau > 1 sharpens it, and tau = 0
-# is uniform attention; tau = alpha = gamma = K = 1 is ordinary attention (`steps` is the paper's K).
+# is uniform attention; tau = alpha = gamma = K = 1 is ordinary attention.
 
 # %%
-# The repository around this notebook; where there is none (Colab), it is fetched at the commit that the notebook ran with.
+# The repository around this notebook; elsewhere (Colab) it is fetched at the commit that this ran with.
 import subprocess
 import sys
 from pathlib import Path
 
-REPOSITORY, COMMIT = "", "14cb55e7723778ecfc748a9c8b73feb7b78d2dfd"
-ROOT = next((p for p in (Path.cwd(), *Path.cwd().parents, Path("erg-guidance").resolve()) if (p / "notebooks/drawing.py").is_file()), None)
+REPOSITORY, COMMIT = "", "051a9c0e96a016cf7938640b8a3170148823bec8"
+PLACES = (Path.cwd(), *Path.cwd().parents, Path("erg-guidance").resolve())
+ROOT = next((path for path in PLACES if (path / "notebooks/drawing.py").is_file()), None)
 if ROOT is None:
     if not REPOSITORY:
-        raise FileNotFoundError("erg.py is not around this notebook: set REPOSITORY to the address where you found the notebook")
+        raise FileNotFoundError("erg.py is not around this notebook: set REPOSITORY to its address")
     subprocess.run(["git", "clone", "--quiet", REPOSITORY, "erg-guidance"], check=True)
     subprocess.run(["git", "-C", "erg-guidance", "checkout", "--quiet", COMMIT], check=True)
     ROOT = Path("erg-guidance").resolve()
@@ -49,7 +50,7 @@ from matplotlib.colors import PowerNorm
 
 import erg
 from drawing import COLOURS, QUICK, label, pictures, style
-from experiments.data import load
+from toy.data import load
 
 style()
 torch.set_default_dtype(torch.float64)  # equalities then hold to about 1e-12
@@ -58,11 +59,12 @@ torch.set_default_dtype(torch.float64)  # equalities then hold to about 1e-12
 # How the figures look; the mathematics begins below.
 DARK, MIDDLE, LIGHT = (plt.get_cmap("viridis")(share) for share in (0.1, 0.42, 0.74))
 STATE = dict(color="#FF7F3F", markeredgecolor="white", markeredgewidth=0.5, zorder=4)  # states on a map
-RING = dict(s=180, facecolor="none", edgecolor="#FF7F3F", linewidth=2.2, zorder=4)  # where states come to rest
+# where states come to rest
+RING = dict(s=180, facecolor="none", edgecolor="#FF7F3F", linewidth=2.2, zorder=4)
 
 
 def landscape(ax, X, arrows=0, names="ABCDEF", size=9, **energy):
-    """A round map of the energy (dark is low) with the patterns X, and steps at 0.22 of their length as arrows."""
+    """A round map of the energy (dark is low) with the patterns X; arrows are 0.22 of a step."""
     side = torch.linspace(-4.6, 4.6, 161)
     plane = torch.cartesian_prod(side, side)  # (161 * 161, 2)
     height = erg.hopfield_energy(plane, X, **energy)
@@ -74,7 +76,8 @@ def landscape(ax, X, arrows=0, names="ABCDEF", size=9, **energy):
         xi = torch.cartesian_prod(*[torch.linspace(-4.4, 4.4, arrows)] * 2)
         xi = xi[xi.norm(dim=1) < 4.45]
         step = 0.22 * (erg.hopfield_step(xi, X, **energy) - xi)
-        ax.quiver(*xi.T, *step.T, color="white", alpha=0.75, angles="xy", scale_units="xy", scale=1, width=0.0032)
+        ax.quiver(*xi.T, *step.T, color="white", alpha=0.75, angles="xy", scale_units="xy", scale=1,
+                  width=0.0032)
     ax.scatter(*X.T, s=4 * size, color="white", edgecolor="black", zorder=3)
     for name, x in zip(names, X):
         label(ax, *(1.24 * x), name, fontsize=size, ha="center")
@@ -112,7 +115,8 @@ def draw_digits(rows, mean, contrast, wrong):
     for column in wrong.nonzero()[:, 0].tolist():
         frame = dict(fill=False, color="#FF7F3F", lw=2.5, clip_on=False)
         axes[-1].add_patch(plt.Rectangle((9 * column - 0.5, -0.5), 8, 8, **frame))
-    axes[0].set_title("Lower half hidden (left five) or noise (right five), then ten steps; orange: the wrong memory")
+    axes[0].set_title("Lower half hidden (left five) or noise (right five), then ten steps; orange: the "
+                      "wrong memory")
 
 # %% [markdown]
 # ## 1. The energy of six patterns
@@ -140,7 +144,8 @@ landscape(ax, X, arrows=19, size=12)
 ax.set_title("Six patterns, three valleys: the energy at tau = 1 (dark is low; arrows: steps, shortened)")
 plt.show()
 
-for tau, alpha, gamma in ((0.1, 1.0, 1.0), (1.0, 0.7, 0.5), (5.0, 1.5, 1.9)):  # 1. a step is -gamma times the gradient
+# 1. a step is -gamma times the gradient
+for tau, alpha, gamma in ((0.1, 1.0, 1.0), (1.0, 0.7, 0.5), (5.0, 1.5, 1.9)):
     state = xi.clone().requires_grad_()
     gradient, = torch.autograd.grad(erg.hopfield_energy(state, X, tau=tau, alpha=alpha).sum(), state)
     step = erg.hopfield_step(xi, X, tau=tau, alpha=alpha, gamma=gamma) - xi
@@ -148,7 +153,8 @@ for tau, alpha, gamma in ((0.1, 1.0, 1.0), (1.0, 0.7, 0.5), (5.0, 1.5, 1.9)):  #
 # 2. softmax attention with V = K is exactly one step with tau = alpha = gamma = 1
 assert torch.allclose(erg.hopfield_step(xi, X), F.scaled_dot_product_attention(xi, X, X), rtol=0, atol=1e-12)
 for tau in (0.1, 1.0, 5.0):
-    energy, after = (erg.hopfield_energy(state, X, tau=tau) for state in (xi, erg.hopfield_step(xi, X, tau=tau)))
+    energy, after = (erg.hopfield_energy(state, X, tau=tau) for state in (xi,
+                                                                          erg.hopfield_step(xi, X, tau=tau)))
     assert (after < energy).all()  # 3. a full step, gamma = 1, lowers the energy
     b = tau / math.sqrt(2)  # 4. patterns of one norm r make a mixture of Gaussians of variance 1 / (tau beta)
     log_density = torch.logsumexp(-b / 2 * torch.cdist(xi, X).square(), dim=1)  # up to a constant
@@ -172,10 +178,10 @@ for tau in (0.1, 1.0, 5.0):
 # $\sigma \ge \delta/2$, that is for $\tau \le 4 / (\beta\delta^2)$.
 
 # %%
-def follow(state, steps, **settings):
-    """The path of states (S, d) over so many steps: (steps + 1, S, d)."""
+def follow(state, K, **settings):
+    """The path of states (S, d) over K steps: (K + 1, S, d)."""
     path = [state]
-    for _ in range(steps):
+    for _ in range(K):
         path.append(erg.hopfield_step(path[-1], X, **settings))
     return torch.stack(path)
 
@@ -184,8 +190,10 @@ taus, branches = torch.logspace(1, -1.3, 60 if QUICK else 240), [X]
 for tau in taus.tolist():
     branches.append(follow(branches[-1], 400, tau=tau)[-1])
 branches = torch.stack(branches[1:])  # (taus, N, 2): where the state that began at each pattern rests
-p = torch.softmax(taus[:, None, None] / math.sqrt(2) * branches @ X.T, dim=-1)  # (taus, N, N), their attention
-held, direction = torch.special.entr(p).sum(-1).exp(), torch.atan2(branches[..., 1], branches[..., 0]).rad2deg() % 360
+# (taus, N, N), their attention
+p = torch.softmax(taus[:, None, None] / math.sqrt(2) * branches @ X.T, dim=-1)
+held, direction = torch.special.entr(p).sum(-1).exp(), torch.atan2(branches[..., 1],
+                                                                   branches[..., 0]).rad2deg() % 360
 calculated = 4 * math.sqrt(2) / (X[0] - X[1]).square().sum().item()
 
 figure, axes = plt.subplot_mosaic([[0.1, 1.0, 5.0], ["tree"] * 3], figsize=(9, 7.2), height_ratios=[1, 1.35])
@@ -207,14 +215,18 @@ together = {pair: taus[(branches[:, i] - branches[:, j]).norm(dim=1) < 0.02][0].
             for pair, i, j in (("D E", 3, 4), ("C D", 2, 3), ("A B", 0, 1), ("D F", 3, 5), ("A D", 0, 3))}
 print(f"valleys at tau = 0.1, 1, 5: {counts}; A and B calculated to merge at tau = {calculated:.2f}")
 print("merged, going down, at tau =", ", ".join(f"{tau:.2f} ({pair})" for pair, tau in together.items()))
-print("patterns held at tau = 1:", ", ".join(f"{n:.2f} ({x})" for x, n in zip("ABCDEF", held[rows[1.0]].tolist())))
-assert counts == [1, 3, 6] and list(together.values()) == sorted(together.values(), reverse=True)  # in this order
+print("patterns held at tau = 1:",
+      ", ".join(f"{n:.2f} ({x})" for x, n in zip("ABCDEF", held[rows[1.0]].tolist())))
+# in this order
+assert counts == [1, 3, 6] and list(together.values()) == sorted(together.values(), reverse=True)
 assert abs(together["A B"] / calculated - 1) < 0.1
 assert (held.diff(dim=0) > -1e-6).all() and held[-1].min() > 5.9  # the entropy at rest rises as tau falls
 
-assert torch.allclose(erg.hopfield_step(xi, X, tau=0), X.mean(dim=0))  # tau = 0: one step to the mean, from anywhere
+# tau = 0: one step to the mean, from anywhere
+assert torch.allclose(erg.hopfield_step(xi, X, tau=0), X.mean(dim=0))
 missed = (erg.hopfield_step(xi, X, tau=1000) - X[(xi @ X.T).argmax(dim=1)]).norm(dim=1) > 1e-6
-assert missed.double().mean() < 0.01  # tau -> infinity: one step to the nearest, but for a few states on a border
+# tau -> infinity: one step to the nearest, but for a few states on a border
+assert missed.double().mean() < 0.01
 covariance = torch.einsum("tsn,ni,nj->tsij", p, X, X) - torch.einsum("tsn,tsm,ni,mj->tsij", p, p, X, X)
 widest = torch.linalg.eigvalsh(covariance)[..., -1]  # the largest variance of what a valley holds
 rests = (p @ X - branches).norm(dim=-1) < 1e-6
@@ -249,10 +261,10 @@ for ax, gamma in zip(axes[1], (0.3, 1.0, 1.9)):
     ax.set_title(f"gamma = {gamma:g}: six steps from the rim")
 grid = torch.cartesian_prod(*[torch.linspace(-4.4, 4.4, 23)] * 2)
 grid = grid[grid.norm(dim=1) < 4.5]
-for ax, steps in zip(axes[2], (1, 3, 10)):
+for ax, K in zip(axes[2], (1, 3, 10)):
     landscape(ax, X, names="", size=7)
-    ax.plot(*follow(grid, steps)[-1].T, "o", ms=3.2, **STATE)
-    ax.set_title(f"K = {steps}: where a grid of states is")
+    ax.plot(*follow(grid, K)[-1].T, "o", ms=3.2, **STATE)
+    ax.set_title(f"K = {K}: where a grid of states is")
 plt.show()
 
 # %%
@@ -278,12 +290,12 @@ def attend(q, k, v, **settings):
 
 
 settings = dict(tau=0.4, alpha=0.8, gamma=0.6)  # Algorithm 1 with V = K is K such steps
-assert torch.allclose(attend(xi, X, X, steps=10, **settings), follow(xi, 10, **settings)[-1], rtol=0, atol=1e-12)
+assert torch.allclose(attend(xi, X, X, K=10, **settings), follow(xi, 10, **settings)[-1], rtol=0, atol=1e-12)
 share, rest = {}, erg.hopfield_energy(follow(xi, 400)[-1], X)
-for gamma, steps in ((1.0, 1), (1.5, 1), (0.5, 1), (0.1, 10), (1.0, 10)):
-    end = erg.hopfield_energy(follow(xi, steps, gamma=gamma)[-1], X)
-    share[gamma, steps] = ((start - end).mean() / (start - rest).mean()).item()
-    print(f"gamma = {gamma}, K = {steps:>2}: {share[gamma, steps]:4.0%} of the way down")
+for gamma, K in ((1.0, 1), (1.5, 1), (0.5, 1), (0.1, 10), (1.0, 10)):
+    end = erg.hopfield_energy(follow(xi, K, gamma=gamma)[-1], X)
+    share[gamma, K] = ((start - end).mean() / (start - rest).mean()).item()
+    print(f"gamma = {gamma}, K = {K:>2}: {share[gamma, K]:4.0%} of the way down")
 assert share[1.0, 1] > 0.85 and sorted(share, key=share.get)[-2:] == [(1.0, 1), (1.0, 10)]
 
 # %% [markdown]
@@ -320,7 +332,7 @@ def restored(state, wanted):
 original = memory[torch.arange(10) * per_class + torch.arange(10) % per_class]  # one of each class
 corrupted = original + 2 * torch.randn(10, 64, generator=torch.Generator().manual_seed(3))
 corrupted[:5] = original[:5] * (torch.arange(64) < 32)  # the lower half is hidden
-found = {tau: attend(corrupted, memory, memory, tau=tau, steps=10) for tau in (0.3, 1.0, 10.0)}
+found = {tau: attend(corrupted, memory, memory, tau=tau, K=10) for tau in (0.3, 1.0, 10.0)}
 retrieved = {f"tau = {tau:g}": state for tau, state in found.items()}
 draw_digits({"stored": original, "corrupted": corrupted, **retrieved}, pixels.mean(dim=0),
             centred.norm(dim=1).mean() / 8, wrong=~restored(found[10.0], original))
@@ -330,7 +342,7 @@ weights = {tau: torch.softmax(tau / 8 * state @ memory.T, dim=1) for tau, state 
 held = {tau: torch.special.entr(p).sum(dim=1).exp().mean().item() for tau, p in weights.items()}
 own_class = {tau: p.view(10, 10, per_class).sum(dim=2).diagonal().mean().item() for tau, p in weights.items()}
 for tau in found:
-    print(f"tau = {tau:4g}: {held[tau]:4.1f} memories held, {own_class[tau]:4.0%} of the attention on the right class, "
+    print(f"tau = {tau:4g}: {held[tau]:4.1f} memories held, {own_class[tau]:4.0%} of attention on its class, "
           f"{restored(found[tau], original).sum()} of 10 restored")
 assert torch.cdist(found[0.3], found[0.3]).max() < 0.1 and held[0.3] > 59  # one blur for all
 assert 2 < held[1.0] < 10 and own_class[1.0] > 0.9  # metastable: the average of a part of a class
@@ -350,14 +362,16 @@ assert held[10.0] < 1.1 and restored(found[10.0], original).sum() == 9
 # %%
 index = torch.arange(len(memory)).repeat(4 if QUICK else 20)
 generator = torch.Generator().manual_seed(1)
-noise, order = torch.randn(len(index), 64, generator=generator), torch.rand(len(index), 64, generator=generator)
+noise = torch.randn(len(index), 64, generator=generator)
+order = torch.rand(len(index), 64, generator=generator)
 wanted, hidden, kept = memory[index], torch.linspace(0, 0.95, 20), {}
 tau_axis = torch.logspace(-0.5, 1.5, 9 if QUICK else 33)
 
 
 def rate(state, tau=None):
     """The share of states that ten steps, or without tau a look-up, bring to the memory they came from."""
-    end = memory[(state @ memory.T).argmax(dim=1)] if tau is None else attend(state, memory, memory, tau=tau, steps=10)
+    look_up = memory[(state @ memory.T).argmax(dim=1)]
+    end = look_up if tau is None else attend(state, memory, memory, tau=tau, K=10)
     return restored(end, wanted).double().mean().item()
 
 
@@ -368,7 +382,8 @@ for sd, colour in ((1.0, DARK), (2.0, MIDDLE), (3.0, LIGHT)):
     left.axhline(look_up, color=colour, lw=1, ls=":")
     label(left, 33, rates[-1], f"noise {sd:g}", color=colour)
     print(f"noise {sd:g}: ten steps restore {max(rates):.1%} at the best tau, a look-up {look_up:.1%}")
-    assert max(rates) < look_up + 0.01 and abs(rates[-1] - look_up) < 0.01  # not better; the same at large tau
+    # not better; the same at large tau
+    assert max(rates) < look_up + 0.01 and abs(rates[-1] - look_up) < 0.01
 for tau, colour in ((10.0, DARK), (2.0, MIDDLE), (1.0, LIGHT)):
     rates = kept[tau] = [rate(wanted * (order >= part), tau) for part in hidden]
     right.plot(hidden, rates, color=colour)
@@ -406,7 +421,7 @@ V, query = X @ W, torch.tensor([[-2.7, 3.4]])
 
 figure, axes = plt.subplots(1, 3, figsize=(9.4, 3.5), width_ratios=[1, 1, 0.75])
 for ax, values, colour, name in zip(axes, (X, V), ("#555555", "#D9590F"), ("keys", "values")):
-    path = torch.cat([query] + [attend(query, X, values, tau=2.0, steps=steps) for steps in range(1, 13)])
+    path = torch.cat([query] + [attend(query, X, values, tau=2.0, K=K) for K in range(1, 13)])
     energy = erg.hopfield_energy(path, X, tau=2.0)
     landscape(ax, X, tau=2.0)
     ax.plot(*path.T, "o-", lw=1.4, ms=5.5, **STATE)
@@ -419,17 +434,18 @@ axes[1].scatter(*V.T, s=50, marker="s", color="white", edgecolor="black", zorder
 axes[2].set(xlabel="steps K", xticks=[0, 6, 12], yticks=[-4.5, -3.0], title="Energy of the keys")
 plt.show()
 
-for steps in (1, 2, 10):
-    before = xi if steps == 1 else attend(xi, X, X, steps=steps - 1)
+for K in (1, 2, 10):
+    before = xi if K == 1 else attend(xi, X, X, K=K - 1)
     descent = erg.hopfield_step(before, X)  # so many steps with the keys
-    assert torch.allclose(attend(xi, X, X, steps=steps), descent, rtol=0, atol=1e-10)  # V = K: they agree
+    assert torch.allclose(attend(xi, X, X, K=K), descent, rtol=0, atol=1e-10)  # V = K: they agree
     read = attend(before, X, V)  # the same descent, but its last step reads the values
     assert torch.allclose(read, descent @ W, rtol=0, atol=1e-10)  # eq. 8
-    gap = ((attend(xi, X, V, steps=steps) - read).norm() / read.norm()).item()
-    print(f"K = {steps:>2}: Algorithm 1 differs by {gap:4.0%} from a descent with the keys that ends with the values")
-    assert gap < 1e-12 if steps == 1 else gap > 0.5
-late = torch.cat([attend(query, X, V, tau=2.0, steps=steps) for steps in range(1000, 1006)])
-assert (late[5] - late[0]).norm() < 1e-6 < 1 < late[:5].diff(dim=0).norm(dim=1).min()  # a ring of five, for ever
+    gap = ((attend(xi, X, V, K=K) - read).norm() / read.norm()).item()
+    print(f"K = {K:>2}: Algorithm 1 differs by {gap:4.0%} from a descent with the keys that reads the values")
+    assert gap < 1e-12 if K == 1 else gap > 0.5
+late = torch.cat([attend(query, X, V, tau=2.0, K=K) for K in range(1000, 1006)])
+# a ring of five, for ever
+assert (late[5] - late[0]).norm() < 1e-6 < 1 < late[:5].diff(dim=0).norm(dim=1).min()
 assert erg.hopfield_energy(late, X, tau=2.0).diff().max() > 1  # on which the energy rises
 for values, name in ((X, "V = K  "), (V, "V = K W")):  # a gradient's Jacobian is symmetric
     J = torch.autograd.functional.jacobian(lambda q: attend(q[None], X, values)[0], torch.tensor([1.0, 0.5]))
@@ -453,10 +469,10 @@ for values, name in ((X, "V = K  "), (V, "V = K W")):  # a gradient's Jacobian i
 # which of them do the two agree?
 
 # %%
-def listing_2(q, k, v, tau, alpha=1.0, gamma=1.0, steps=1):
+def listing_2(q, k, v, tau, alpha=1.0, gamma=1.0, K=1):
     """Listing 2, in the symbols of the text."""
     q = tau * q
-    for _ in range(steps):
+    for _ in range(K):
         q = q - gamma * (q - alpha * F.scaled_dot_product_attention(q, k, v))
     return q
 
@@ -465,22 +481,24 @@ q, k, v = torch.randn(3, 2, 4, 64, 32, generator=torch.Generator().manual_seed(0
 rows, columns = ((1.0, 1), (1.0, 2), (1.0, 10), (1.5, 1), (0.5, 1), (0.1, 10)), (0.01, 0.1, 0.3, 1.0, 3.0)
 gap = torch.zeros(len(rows), len(columns))
 figure, ax = plt.subplots(figsize=(7.0, 3.9))
-for i, (gamma, steps) in enumerate(rows):
+for i, (gamma, K) in enumerate(rows):
     for j, tau in enumerate(columns):
-        ours = erg.energy_attention(q, k, v, tau=tau, gamma=gamma, steps=steps)
-        gap[i, j] = (listing_2(q, k, v, tau, gamma=gamma, steps=steps) - ours).norm() / ours.norm()
+        ours = erg.energy_attention(q, k, v, tau=tau, gamma=gamma, K=K)
+        gap[i, j] = (listing_2(q, k, v, tau, gamma=gamma, K=K) - ours).norm() / ours.norm()
         ax.text(j, i, "0" if gap[i, j] < 1e-12 else f"{gap[i, j]:.0%}", ha="center", va="center",
                 color="white" if gap[i, j] < 0.8 else "black")
 ax.imshow(gap.numpy(), vmin=0, vmax=1.6, aspect="auto")
 ax.set(xticks=range(len(columns)), xticklabels=columns, yticks=range(len(rows)), xlabel="tau",
-       yticklabels=[f"gamma = {gamma:g}, K = {steps}{' (Table 4)' * (gamma != 1)}" for gamma, steps in rows],
+       yticklabels=[f"gamma = {gamma:g}, K = {K}{' (Table 4)' * (gamma != 1)}" for gamma, K in rows],
        title="Relative difference between Listing 2 and Algorithm 1")
 ax.spines[:].set_visible(False)
 ax.tick_params(length=0)
 plt.show()
 
-assert gap[0].max() < 1e-12 and gap[:, 3].max() < 1e-12  # equal for gamma = K = 1, and where tau = 1 changes nothing
-assert gap[1:, [0, 1, 2, 4]].min() > 0.05 and gap[3:, 0].min() > 0.9  # nowhere else; most at Table 4's settings
+# equal for gamma = K = 1, and where tau = 1 changes nothing
+assert gap[0].max() < 1e-12 and gap[:, 3].max() < 1e-12
+# nowhere else; most at Table 4's settings
+assert gap[1:, [0, 1, 2, 4]].min() > 0.05 and gap[3:, 0].min() > 0.9
 for gamma in (0.5, 1.5):  # for K = 1 the difference is exactly the lost part of the residual
     lost = erg.energy_attention(q, k, v, tau=0.01, gamma=gamma) - listing_2(q, k, v, 0.01, gamma=gamma)
     assert torch.allclose(lost, (1 - gamma) * (1 - 0.01) * q, rtol=0, atol=1e-12)
@@ -523,9 +541,11 @@ for sd, colour in ((1.0, DARK), (2.0, MIDDLE), (3.0, LIGHT)):
     middle.plot(tau_axis, errors, color=colour)
     middle.plot(ideal, at_ideal, "D", ms=7, color=colour)
     label(middle, 330, errors[-1] + 0.05, f"noise {sd:g}", color=colour, ha="right")
-    print(f"noise {sd:g}: error {at_ideal:.3f} at tau = {ideal:.2f}; at the best tau of the curve {min(errors):.3f}")
+    print(f"noise {sd:g}: error {at_ideal:.3f} at tau = {ideal:.2f}; at the best tau of the curve "
+          f"{min(errors):.3f}")
     assert at_ideal < 1.03 * min(errors)
-cases = (0.25, COLOURS["ERG"], "too unsure", 0.0), (1, "#222222", "ideal", 1.9), (4, "#8a8a8a", "too sure", 2.5)
+cases = ((0.25, COLOURS["ERG"], "too unsure", 0.0), (1, "#222222", "ideal", 1.9),
+         (4, "#8a8a8a", "too sure", 2.5))
 for part, colour, name, x in cases:
     strong, weak = (erg.hopfield_step(noisy, memory, tau=tau) for tau in (2 * part, 0.2 * part))
     errors = [error(erg.guide(strong, weak, w)) for w in ws.tolist()]
@@ -536,8 +556,8 @@ for part, colour, name, x in cases:
     print(f"{name}: error {errors[20]:.3f} at w = 1; at the best w, {best[name]:.2f}, {min(errors):.3f}")
 over(left, [0.01, 1, 100], title="Entropy of attention (noise 2)", yticks=[0, 2, 4], ylim=(-0.15, 4.8))
 over(middle, [0.01, 1, 100], title="Error of one step (diamonds: calculated)", yticks=[0, 0.5, 1])
-right.set(title="Error after guidance (noise 2; dots: best w)", xlabel="w", xticks=[0, 1, 2], yticks=[0, 0.5, 1],
-          ylim=(0, 1.05))
+right.set(title="Error after guidance (noise 2; dots: best w)", xlabel="w", xticks=[0, 1, 2],
+          yticks=[0, 0.5, 1], ylim=(0, 1.05))
 plt.show()
 assert (entropy.diff() < 0).all() and abs(entropy[0] - math.log(len(memory))) < 0.01 and entropy[-1] < 0.02
 assert abs(best["ideal"] - 1) <= 0.051 and best["too unsure"] > 1.2 and best["too sure"] < 0.9

@@ -35,16 +35,17 @@
 # `F.scaled_dot_product_attention`**. QK-norm in front of it, as in SD3.5, is welcome; pitfall 1 is about it.
 
 # %%
-# The repository around this notebook; where there is none (Colab), it is fetched at the commit that the notebook ran with.
+# The repository around this notebook; elsewhere (Colab) it is fetched at the commit that this ran with.
 import subprocess
 import sys
 from pathlib import Path
 
-REPOSITORY, COMMIT = "", "14cb55e7723778ecfc748a9c8b73feb7b78d2dfd"
-ROOT = next((p for p in (Path.cwd(), *Path.cwd().parents, Path("erg-guidance").resolve()) if (p / "notebooks/drawing.py").is_file()), None)
+REPOSITORY, COMMIT = "", "051a9c0e96a016cf7938640b8a3170148823bec8"
+PLACES = (Path.cwd(), *Path.cwd().parents, Path("erg-guidance").resolve())
+ROOT = next((path for path in PLACES if (path / "notebooks/drawing.py").is_file()), None)
 if ROOT is None:
     if not REPOSITORY:
-        raise FileNotFoundError("erg.py is not around this notebook: set REPOSITORY to the address where you found the notebook")
+        raise FileNotFoundError("erg.py is not around this notebook: set REPOSITORY to its address")
     subprocess.run(["git", "clone", "--quiet", REPOSITORY, "erg-guidance"], check=True)
     subprocess.run(["git", "-C", "erg-guidance", "checkout", "--quiet", COMMIT], check=True)
     ROOT = Path("erg-guidance").resolve()
@@ -66,8 +67,8 @@ from torch import nn
 
 import erg
 from drawing import COLOURS, QUICK, label, pictures, style
-from experiments.data import load
 from experiments.diagnostics import fading_layers, layer_effects
+from toy.data import load
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 try:
@@ -75,7 +76,7 @@ try:
     from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline  # noqa: F401
     from examples import sd3
 except ImportError as error:
-    sd3, reason = None, f"skipped, diffusers or transformers is missing ({error}): pip install diffusers transformers"
+    sd3, reason = None, f"skipped ({error}): pip install diffusers transformers"
 style()
 torch.set_num_threads(1)  # training then takes the same way again on the same machine
 FADE = LinearSegmentedColormap.from_list("fade", ["#ecc6da", COLOURS["I-ERG"], "#4a1238"])
@@ -101,7 +102,8 @@ class Attention(nn.Module):
         self.q_norm, self.k_norm = nn.RMSNorm(head), nn.RMSNorm(head)
 
     def project(self, x):  # (B, S, W) -> each (B, H, S, D)
-        q, k, v = (layer(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for layer in (self.q, self.k, self.v))
+        q, k, v = (layer(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+                   for layer in (self.q, self.k, self.v))
         return self.q_norm(q), self.k_norm(k), v
 
     def forward(self, x):
@@ -126,7 +128,8 @@ class YourModel(nn.Module):
         self.classes = nn.Embedding(11, width)  # class 10: none
         self.positions = nn.Parameter(torch.randn(16, width) / 2)
         self.time = nn.Sequential(nn.Linear(1, width), nn.SiLU(), nn.Linear(width, width))
-        self.patch_in, self.patch_out, self.norm = nn.Linear(4, width), nn.Linear(width, 4), nn.LayerNorm(width)
+        self.patch_in, self.patch_out = nn.Linear(4, width), nn.Linear(width, 4)
+        self.norm = nn.LayerNorm(width)
         self.blocks = nn.Sequential(*[Block(width, heads) for _ in range(depth)])
 
     def forward(self, x, t, classes):  # (B, 1, 8, 8), (B,), (B,)
@@ -163,8 +166,8 @@ torch.manual_seed(0)
 began, model = time.time(), YourModel()
 losses = train(model, 25 if QUICK else 500)
 model.eval().requires_grad_(False)
-print(f"{len(losses)} steps in {time.time() - began:.0f} s; loss at first {sum(losses[:20]) / 20:.2f}, at last "
-      f"{sum(losses[-20:]) / 20:.2f}\n")
+print(f"{len(losses)} steps in {time.time() - began:.0f} s; loss at first {sum(losses[:20]) / 20:.2f}, "
+      f"at last {sum(losses[-20:]) / 20:.2f}\n")
 
 n = 16 if QUICK else 64
 t, NONE, patches = torch.full((n,), 0.5), torch.tensor([10]), slice(1, None)
@@ -213,7 +216,8 @@ for ax, when, then in zip(below.subplots(1, 2), ("early", "late"), (0.3, 0.9)):
     square = torch.full((6, 6), torch.nan)
     for e in effects:
         change = square[e.layers[0], e.layers[-1]] = 100 * getattr(e, when)
-        ax.text(e.layers[-1], e.layers[0], f"{change:.0f}", ha="center", va="center", size=12, color="wk"[change > 35])
+        ax.text(e.layers[-1], e.layers[0], f"{change:.0f}", ha="center", va="center", size=12,
+                color="wk"[change > 35])
     ax.imshow(square, vmin=0, vmax=70)
     for colour, lw in (("white", 7), (COLOURS["ERG"], 3)):
         ax.add_patch(plt.Rectangle((middle[-1] - 0.5, middle[0] - 0.5), 1, 1, fill=False, lw=lw, ec=colour))
@@ -224,18 +228,20 @@ for ax, when, then in zip(below.subplots(1, 2), ("early", "late"), (0.3, 0.9)):
 label(ax, -0.3, 4.5, "framed: the\nmiddle third", COLOURS["ERG"], fontsize=11)
 plt.show()
 for sharp, flat in ((1.0, 0.3), (0.3, 0.01), (0.01, 0.0)):  # every head, every row
-    assert all((entropy((flat * z).softmax(-1)) >= entropy((sharp * z).softmax(-1)) - 1e-5).all() for z in logits)
+    assert all((entropy((flat * z).softmax(-1)) >= entropy((sharp * z).softmax(-1)) - 1e-5).all()
+               for z in logits)
 early, late = ({e.layers: getattr(e, when) for e in effects} for when in ("early", "late"))
 assert QUICK or early[range(4, 6)] < early[range(0, 2)] and early[range(3, 6)] < late[range(3, 6)]
 fading = fading_layers(effects)
 print("largest logit of each layer:", ", ".join(f"{z.abs().max():.1f}" for z in logits))
-print(f"chosen: {middle}, effect {early[middle]:.0%} early, {late[middle]:.0%} late; fading_layers suggests {fading}")
+print(f"chosen: {middle}, effect {early[middle]:.0%} early, {late[middle]:.0%} late; fading_layers suggests "
+      f"{fading}")
 
 # %% [markdown]
 # Every row's entropy rises, in every head of every layer: $\mathrm{d}H/\mathrm{d}\tau = -\tau\,\mathrm{Var}_p(z) \le 0$, with the
 # logits $z$ and their softmax $p$. QK-norm holds the logits of all layers to a few units (printed), so one $\tau$ does for all.
 # Early on the first layers matter most and the last ones little, and the effect of the last three grows; here that of the middle
-# third grows, too. The rule of `fading_layers` (a large early effect that does not grow) suggests a range of its own; the README
+# third grows, too. The rule of `fading_layers` (a large early effect that does not grow) suggests a range of its own; notebook 3
 # tells how far to trust either. We go on with the middle third, where most will begin, and look at both in step 6.
 #
 # **Step 3: say whose.** One forward carries the positive and the negative: `rows` are the negative's, and there is no
@@ -278,14 +284,16 @@ def by_hand(tau, layers, queries=slice(None)):
 # %%
 null = x, t, NONE.expand(n)
 both = torch.cat([x, x]), torch.cat([t, t]), torch.cat([c, null[2]])  # 2n rows, the negative's last
-where, batch, plain = dict(layers=middle, queries=patches), dict(rows=slice(n, 2 * n), batch=2 * n), model(*both)
+where, batch = dict(layers=middle, queries=patches), dict(rows=slice(n, 2 * n), batch=2 * n)
+plain = model(*both)
 v_pos, v_neg = rectified(model, dict(tau=0.01, **where, **batch), *both).chunk(2)
 assert torch.equal(v_pos, plain[:n]) and far(v_neg, plain[n:]) > 0.01  # 1
 for tau in (0.0, 0.01, 0.3, 3.0):
     with by_hand(tau, middle, patches):
         slow = model(*null)
     difference = far(rectified(model, dict(tau=tau, **where), *null), slow)
-    print(f"tau = {tau:<4}  off from the slow softmax by {difference:.0e}, from plain by {far(slow, plain[n:]):.0%}")
+    print(f"tau = {tau:<4}  off from the slow softmax by {difference:.0e}, from plain by "
+          f"{far(slow, plain[n:]):.0%}")
     assert difference < 1e-5  # 2
 h, attention = torch.randn(n, 17, 64), model.blocks[2].attention
 mean = attention.out(attention.v(h).mean(1, keepdim=True)).expand(n, 17, 64)
@@ -325,12 +333,13 @@ def judge(x, asked):
     return (classes[nearest] == asked).float().mean().item(), distance.mean().item(), within.mean().item()
 
 
-flat, test = dict(tau=0.01, queries=patches, kappa=0.2), load("digits", split="test")
+flat, test = dict(tau_i=0.01, queries=patches, kappa=0.2), load("digits", split="test")
 HEADS = "read as\nasked", "to the\nnearest", "between\ntwo"
 runs = {"no guidance": erg.ERG(w=1), "CFG": erg.ERG(w=2), "ERG": erg.ERG(w=2, layers=middle, **flat),
         "I-ERG": erg.ERG(w=2, layers=middle, negative="same", **flat),
         f"ERG, {fading}": erg.ERG(w=2, layers=fading, **flat)}
-made = {"real images": test.pixels[:, None].float() / 127.5 - 1} | {name: sample(s) for name, s in runs.items()}
+made = {"real images": test.pixels[:, None].float() / 127.5 - 1}
+made |= {name: sample(settings) for name, settings in runs.items()}
 score = {name: judge(y, test.labels if name == "real images" else wanted) for name, y in made.items()}
 figure, axes = plt.subplots(5, 1, figsize=(10, 5))
 for ax, name in zip(axes, made):
@@ -341,7 +350,8 @@ for ax, name in zip(axes, made):
         label(ax, at, 3.5, text, "#222222", fontweight="normal", fontsize=11, ha="center")
         label(ax, at, -2, head if real else "", "#666666", fontweight="normal", ha="center", va="bottom")
 plt.show()
-for time_t, tau in ((0.1, 1.0), (0.5, 0.01)):  # before kappa and behind it, what erg.Guidance does, in so many words
+# before kappa and behind it, what erg.Guidance does, in so many words
+for time_t, tau in ((0.1, 1.0), (0.5, 0.01)):
     x_t, now = noise[:n], torch.full((n,), time_t)
     with by_hand(tau, middle, patches):
         v_neg = model(x_t, now, NONE.expand(n))
@@ -356,7 +366,8 @@ for name in [*best] * (3 if QUICK else 12):
     best[name] = min(best[name], time.perf_counter() - began)
 print("a step of 64 digits:", ", ".join(f"{name} {1000 * seconds:.0f} ms" for name, seconds in best.items()))
 assert QUICK or min(score["CFG"][0], score["ERG"][0]) > score["no guidance"][0] + 0.02
-assert QUICK or score["CFG"][1] < score["ERG"][1] and score["CFG"][2] < score["ERG"][2]  # closer, and less diverse
+# closer, and less diverse
+assert QUICK or score["CFG"][1] < score["ERG"][1] and score["CFG"][2] < score["ERG"][2]
 
 # %% [markdown]
 # None wins in all three: CFG and ERG both draw what was asked, CFG comes closer to real digits, ERG keeps more of the
@@ -393,13 +404,14 @@ STEPS = 6 if QUICK else 28
 
 
 def textures():
-    return pipe(**embeddings, guidance_scale=5.0, height=64, width=96, num_inference_steps=STEPS, output_type="latent",
-                generator=torch.Generator().manual_seed(0)).images
+    return pipe(**embeddings, guidance_scale=5.0, height=64, width=96, num_inference_steps=STEPS,
+                output_type="latent", generator=torch.Generator().manual_seed(0)).images
 
 
 def make(tau):  # 64 x 96 pixels are 4 x 6 = 24 image tokens
-    with erg.rectify(pipe.transformer, tau=tau, layers=range(6, 8), rows=slice(0, 2), batch=4, queries=slice(0, 24),
-                     when=lambda timestep, **kwargs: 1 - timestep[0].item() / 1000 > 0.2):
+    with erg.rectify(pipe.transformer, tau=tau, layers=range(6, 8), rows=slice(0, 2), batch=4,
+                     queries=slice(0, 24), when=lambda timestep,
+                     **kwargs: 1 - timestep[0].item() / 1000 > 0.2):
         return textures()
 
 
@@ -412,18 +424,22 @@ else:
     latents, change = fingerprint(pipe.transformer, lambda: make(0.01))
     times = 1 - pipe.scheduler.timesteps / 1000
     figure, ax = plt.subplots(figsize=(9.2, 2.7))
-    title = f"What I-ERG changed in each of {STEPS} forwards: grey is nothing, the darkest {change.max():.0%} of v"
+    title = (f"What I-ERG changed in each of {STEPS} forwards: grey is nothing, the darkest "
+             f"{change.max():.0%} of v")
     names, border = ["negative 1", "negative 2", "positive 1", "positive 2"], (times <= 0.2).sum()
     stripes(ax, change, names, title, change.max(), border)
-    ax.set(xticks=torch.arange(0, STEPS, 3) + 0.5, xticklabels=[f"{t:.2f}" for t in times[::3]], xlabel="t of the step")
+    ax.set(xticks=torch.arange(0, STEPS, 3) + 0.5, xticklabels=[f"{t:.2f}" for t in times[::3]],
+           xlabel="t of the step")
     plt.show()
 
 # %%
 if sd3 is not None:
     assert (change[2:] == 0).all() and torch.equal(change[:2] > 0, (times > 0.2).expand(2, STEPS))
-    print(f"{(times <= 0.2).sum()} of {STEPS} steps, {(times <= 0.2).float().mean():.0%}, are over before t > 0.2")
+    print(f"{(times <= 0.2).sum()} of {STEPS} steps, {(times <= 0.2).float().mean():.0%}, are over before "
+          "0.2")
     y = torch.randn(2, 4, 8, 12, generator=torch.Generator().manual_seed(0))
-    for timestep, step in zip(pipe.scheduler.timesteps, pipe.scheduler.sigmas.diff()):  # the sampler, written out
+    # the sampler, written out
+    for timestep, step in zip(pipe.scheduler.timesteps, pipe.scheduler.sigmas.diff()):
         v = {}
         for sign, tau in (("", 1.0), ("negative_", 0.01 if 1 - timestep / 1000 > 0.2 else 1.0)):
             prompt, pooled = embeddings[f"{sign}prompt_embeds"], embeddings[f"{sign}pooled_prompt_embeds"]
@@ -431,13 +447,14 @@ if sd3 is not None:
                 v[sign] = pipe.transformer(y, prompt, pooled, timestep.expand(2)).sample
         y = y + step * (5 * v[""] - 4 * v["negative_"])  # eq. 10 with w = 5
     plain = textures()
-    print(f"off from the sampler written out by {far(latents, y):.0e}, from C-ERG alone by {far(latents, plain):.0%}")
+    print(f"off from the sampler written out by {far(latents, y):.0e}, from C-ERG alone by "
+          f"{far(latents, plain):.0%}")
     assert far(latents, y) < 1e-3 < far(latents, plain) and torch.equal(make(1.0), plain)
 
 # %% [markdown]
 # The upper right block and nothing else. The shifted schedule spends 43 % of its steps before $t = 0.2$: kappa is a time, not a
 # share of the steps. The latents are those of a sampler written out in a few lines with a slow softmax, and $\tau = 1$ gives
-# the pipeline's own, bit by bit. Other pipelines want other `rows`, or `erg.second_forward`; `examples/MODELS.md` has the lines.
+# the pipeline's own, bit by bit. Other pipelines want other `rows`, or `second_forward` of `examples/pipelines.py`; `examples/MODELS.md` has the lines.
 #
 # ## Pitfall 1: a hook before QK-norm
 #
@@ -476,9 +493,10 @@ plt.show()
 print(f"tau = 0.01: hook {hook[15]:.1e}, {hook[15] / hook[7]:.0f} times that at 0.1; rectify {after[15]:.1e}")
 assert hook[15] < 0.05 * after[15] and 50 < hook[15] / hook[7] < 200
 for name, norm in (("SD3", None), ("SD3 with the QK-norm of SD3.5", "rms_norm")) if sd3 is not None else ():
-    config = {key: value for key, value in pipe.transformer.config.items() if key[0] != "_"} | {"qk_norm": norm}
-    other = SD3Transformer2DModel(**config).eval().requires_grad_(False)
-    other.load_state_dict(pipe.transformer.state_dict(), strict=False)  # the weights of both, but for the norms
+    config = {key: value for key, value in pipe.transformer.config.items() if key[0] != "_"}
+    other = SD3Transformer2DModel(**{**config, "qk_norm": norm}).eval().requires_grad_(False)
+    # the weights of both, but for the norms
+    other.load_state_dict(pipe.transformer.state_dict(), strict=False)
     inputs = latents, prompt, pooled, torch.full((2,), 500.0)
     plain, to_q = other(*inputs).sample, [other.transformer_blocks[i].attn.to_q for i in (6, 7)]
     h = hooked(other, to_q, 0.1, *inputs).sample
@@ -494,10 +512,10 @@ for name, norm in (("SD3", None), ("SD3 with the QK-norm of SD3.5", "rms_norm"))
 #
 # ## Pitfall 2: attention that is out of reach
 #
-# `erg.rectify` sees calls of `F.scaled_dot_product_attention`. A model that writes its softmax out (`attn_implementation="eager"`
-# in transformers) makes none, and `nn.MultiheadAttention` hides them. Here is the same model in eager mode, and then its cure:
-# call the fused function, and see that the prediction stays before you rectify anything. For `nn.MultiheadAttention` and
-# `nn.TransformerEncoder` the cure is the class `Reached` in `examples/MODELS.md`, five lines.
+# `erg.rectify` sees calls of `F.scaled_dot_product_attention`. `nn.TransformerEncoder` makes them, and so does
+# `nn.MultiheadAttention` unless it is asked for its weights (`need_weights=True`, its default). A model that writes its softmax
+# out makes none (`attn_implementation="eager"` in transformers), and neither does flash-attn. Here is the same model in eager
+# mode, and then its cure: call the fused function, and see that the prediction stays before you rectify anything.
 #
 # Below that are five more mistakes that are refused. Which of them would you have made?
 
@@ -527,13 +545,14 @@ refused(lambda: rectified(model, usual, x, t, c))
 for block in model.blocks:
     block.attention.__class__ = Attention  # the cure
 fused = model(x, t, c)
-print(f"off from eager: fused {far(fused, eager):.0e}, rectified {far(rectified(model, usual, x, t, c), eager):.0%}\n")
+print(f"off from eager: fused {far(fused, eager):.0e}, rectified "
+      f"{far(rectified(model, usual, x, t, c), eager):.0%}\n")
 assert far(fused, eager) < 1e-5
 refused(lambda: rectified(model, dict(tau=0.01, layers=[6]), x, t, c))
 refused(lambda: rectified(copy.deepcopy(model).train(), usual, x, t, c))
 refused(lambda: rectified(model, dict(rows=slice(n, 2 * n), batch=2 * n, **usual), x, t, c))
-refused(lambda: erg.ERG(w=2, tau=1, layers=middle))
-refused(lambda: erg.encode(model, x, t, c, tau=0.01, projections=queries))  # pitfall 1
+refused(lambda: erg.ERG(w=2, tau_i=1, layers=middle))
+refused(lambda: erg.encode(model, x, t, c, tau=0.1, projections=queries))  # pitfall 1
 
 # %% [markdown]
 # ## Pitfall 3: time the other way, and other borders
@@ -547,14 +566,15 @@ refused(lambda: erg.encode(model, x, t, c, tau=0.01, projections=queries))  # pi
 
 # %%
 class Theirs(nn.Sequential):
-    """A model in the fashion of diffusers: timestep 1000 is noise, 0 is data, and it predicts noise - data."""
+    """A model as in diffusers: timestep 1000 is noise, 0 is data, and it predicts noise - data."""
 
     def forward(self, x, timestep, classes):
         return -self[0](x, 1 - timestep / 1000, classes)
 
 
 def their_sampler(model, x, asked, w=2.0, steps=30, shift=3.0):
-    s, given = torch.linspace(1, 0, steps + 1), torch.cat([NONE.expand(len(x)), asked])  # the negative's rows first
+    s = torch.linspace(1, 0, steps + 1)
+    given = torch.cat([NONE.expand(len(x)), asked])  # the negative's rows first
     sigmas = shift * s / (1 + (shift - 1) * s)
     for sigma, step in zip(sigmas, sigmas.diff()):
         v_neg, v_pos = model(torch.cat([x, x]), 1000 * sigma.expand(2 * len(x)), given).chunk(2)
@@ -596,13 +616,13 @@ assert torch.equal(acted["the other rows"], acted["right"].flip(0))
 #
 # | what goes wrong | what you would see | what to do |
 # |---|---|---|
-# | attention written out, flash-attn, `nn.MultiheadAttention` | `RuntimeError` in each forward | the fused function; `Reached` |
+# | attention written out, flash-attn, `nn.MultiheadAttention` with weights | `RuntimeError` in each forward | the fused function; `need_weights=False` |
 # | a hook before QK-norm | next to nothing | `erg.rectify` |
 # | time the other way, or steps for time | a fingerprint that begins or ends elsewhere | $t$ = 1 - timestep / 1000 |
 # | wrong rows | positive rows that change; blur | look up whose rows are first, then check |
 # | `queries` forgotten in joint attention | not the slow softmax | `queries=` the image's tokens |
 # | layers of the text, or of another part | other *queries* in the table of calls | choose among the image's |
-# | two forwards a step (Flux, Wan) | an error: rows are missing | no `rows`; `when=erg.second_forward(...)` |
+# | two forwards a step (Flux, Wan) | an error: rows are missing | no `rows`; `when=second_forward(...)` of `examples/pipelines.py` |
 # | training mode, no such layer, guidance that is off | an error that says so | what it says |
 #
 # ## What did not work

@@ -4,7 +4,7 @@
     python notebooks/build.py 3_transformer   # one
     python notebooks/build.py --stamp --repository https://...    # what a reader elsewhere (Colab) fetches
 
-The stamp is in the first cell: the repository's address, and the commit of the code that the notebook ran with.
+The stamp is in the first cell: the repository's address, and the commit of the code that it ran with.
 """
 import argparse
 import base64
@@ -18,26 +18,30 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 SOURCES = sorted(HERE.glob("[0-9]_*.py"))
-CODE = ["erg.py", "tiny_dit.py", "train_toy.py", "experiments", "examples", "weights", "data", "notebooks/drawing.py"]
+CODE = ["erg.py", "tiny_dit.py", "toy", "experiments", "examples", "weights", "data", "notebooks/drawing.py"]
 STAMP = re.compile(r'^REPOSITORY, COMMIT = "(.*)", "(.*)"$', re.M)
 
 
 def stamp(sources, repository):
     """Write the repository's address, if one is given, and the commit of the code into the first cells."""
-    if subprocess.run(["git", "status", "--porcelain", "--", *CODE], cwd=HERE.parent, capture_output=True, text=True, check=True).stdout:
+    def git(*command):
+        return subprocess.run(["git", *command, "--", *CODE], cwd=HERE.parent, capture_output=True, text=True,
+                              check=True).stdout.strip()
+
+    if git("status", "--porcelain"):
         sys.exit(f"error: --stamp: commit the changes of {', '.join(CODE)} first")
-    commit = subprocess.run(["git", "log", "-1", "--format=%H", "--", *CODE], cwd=HERE.parent, capture_output=True, text=True, check=True).stdout.strip()
+    commit = git("log", "-1", "--format=%H")
     for path in sources:
-        text = path.read_text()
-        path.write_text(STAMP.sub(lambda m: f'REPOSITORY, COMMIT = "{m[1] if repository is None else repository}", "{commit}"', text, count=1))
+        line = lambda m: f'REPOSITORY, COMMIT = "{m[1] if repository is None else repository}", "{commit}"'
+        path.write_text(STAMP.sub(line, path.read_text(), count=1))
 
 
 def smaller(png):
     """A picture (base64) in at most 256 colours, a third of the size."""
     from PIL import Image
 
-    out = io.BytesIO()
-    Image.open(io.BytesIO(base64.b64decode(png))).convert("RGB").quantize(256, dither=Image.Dither.NONE).save(out, "PNG", optimize=True)
+    out, picture = io.BytesIO(), Image.open(io.BytesIO(base64.b64decode(png))).convert("RGB")
+    picture.quantize(256, dither=Image.Dither.NONE).save(out, "PNG", optimize=True)
     return base64.b64encode(out.getvalue()).decode()
 
 
@@ -48,9 +52,11 @@ def run(path):
 
     notebook = jupytext.read(path, fmt="py:percent")
     began = time.time()
-    NotebookClient(notebook, timeout=600, kernel_name="python3", coalesce_streams=True, resources={"metadata": {"path": str(HERE)}}).execute()
+    NotebookClient(notebook, timeout=600, kernel_name="python3", coalesce_streams=True,
+                   resources={"metadata": {"path": str(HERE)}}).execute()
     seconds = time.time() - began
-    notebook.metadata = {"kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"}, "language_info": {"name": "python"}}
+    kernel = {"display_name": "Python 3", "language": "python", "name": "python3"}
+    notebook.metadata = {"kernelspec": kernel, "language_info": {"name": "python"}}
     for i, cell in enumerate(notebook.cells):
         cell.metadata, cell["id"] = {}, f"cell-{i}"  # no times: a build without changes changes nothing
         for shown in (output["data"] for output in cell.get("outputs", ()) if "data" in output):
@@ -61,8 +67,10 @@ def run(path):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", help=f"of {', '.join(path.stem for path in SOURCES)}; default: all")
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", help=f"of {', '.join(path.stem for path in SOURCES)}; default: "
+                        "all")
     parser.add_argument("--stamp", action="store_true", help="note the commit of the code in the first cells")
     parser.add_argument("--repository", help="the address to fetch it from, with --stamp")
     options = parser.parse_args(argv)
@@ -74,7 +82,7 @@ def main(argv=None):
     chosen = [path for path in SOURCES if not options.names or path.stem in options.names]
     if options.stamp:
         stamp(SOURCES, options.repository)
-    os.environ.update(ERG_GRID="1")  # pictures in the place of sliders, which a page of a notebook cannot show
+    os.environ.update(ERG_GRID="1")  # pictures in the place of sliders, which a page cannot show
     for path in chosen:
         print(f"{path.stem}: {run(path):.0f} s", flush=True)
 

@@ -1,15 +1,16 @@
-"""What the notebooks' figures share: one look, colours by method, labels at the lines, pictures, sliders or a grid.
+"""What the notebooks' figures share: one look, labels at the lines, pictures, sliders or a grid.
 
-Colours are those of the README's figures, told apart by the colour-blind; labels stand at what they name, so that a
-figure is readable in grey, too.
+Colours are those of toy/drawing.py. Labels stand at what they name, so that a figure is readable in grey,
+too.
 """
 import os
 
 import matplotlib.pyplot as plt
 import torch
 
-from experiments.report import COLOURS
+from toy.drawing import COLOURS
 
+COLOURS = COLOURS | {"AutoGuidance": "#3B3B6D"}  # the toy does not have it
 QUICK = bool(os.environ.get("ERG_QUICK"))  # fewer samples and steps, for a test that the notebook runs
 
 __all__ = ["COLOURS", "QUICK", "explore", "label", "pictures", "style"]
@@ -18,21 +19,23 @@ __all__ = ["COLOURS", "QUICK", "explore", "label", "pictures", "style"]
 def style():
     """The look of all figures."""
     plt.rcParams.update({
-        "figure.dpi": 110, "figure.constrained_layout.use": True, "font.size": 9, "axes.titlesize": 10, "axes.titlelocation": "left",
-        "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": "#444444", "axes.labelcolor": "#333333",
-        "xtick.color": "#444444", "ytick.color": "#444444", "lines.linewidth": 1.8, "legend.frameon": False,
+        "figure.dpi": 110, "figure.constrained_layout.use": True, "font.size": 9, "axes.titlesize": 10,
+        "axes.titlelocation": "left", "axes.spines.top": False, "axes.spines.right": False,
+        "axes.edgecolor": "#444444", "axes.labelcolor": "#333333", "xtick.color": "#444444",
+        "ytick.color": "#444444", "lines.linewidth": 1.8, "legend.frameon": False,
         "image.interpolation": "nearest", "image.cmap": "cividis"})
 
 
 def label(ax, x, y, text, color="#222222", **options):
-    """Text at data coordinates, in the colour of what it names, on a white outline that lines cannot run into."""
+    """Text at data coordinates, in the colour of what it names, on a white outline."""
     import matplotlib.patheffects as effects
     outline = [effects.withStroke(linewidth=2.5, foreground="white")]
-    return ax.text(x, y, text, **{"color": color, "fontweight": "bold", "fontsize": 9, "path_effects": outline, "va": "center", **options})
+    look = dict(color=color, fontweight="bold", fontsize=9, path_effects=outline, va="center")
+    return ax.text(x, y, text, **{**look, **options})
 
 
 def pictures(ax, images, columns=None, title=None):
-    """Images (n, C, S, S) in [-1, 1] in one axes, `columns` to a row (all in one row by default), a thin gap between them."""
+    """Images (n, C, S, S) in [-1, 1] in one axes, `columns` (default: all) to a row, thin gaps between."""
     n, channels, height, width = images.shape
     columns = columns or n
     rows = -(-n // columns)
@@ -49,7 +52,7 @@ def pictures(ax, images, columns=None, title=None):
 
 
 def sliders_work():
-    """Whether ipywidgets and a notebook's kernel are there; ERG_GRID=1 says no, for figures that are read without them."""
+    """Whether ipywidgets and a notebook's kernel are there; ERG_GRID=1 says no, for pages."""
     if os.environ.get("ERG_GRID"):
         return False
     try:
@@ -61,10 +64,10 @@ def sliders_work():
 
 
 def explore(draw, size=1.9, **choices):
-    """Call draw(ax, **values) for values of `choices`, a dict of lists: by sliders where they work, else in a grid.
+    """Call draw(ax, **values) for values of `choices` (lists): by sliders where they work, else in a grid.
 
-    The grid has a row for each value of the first choice, a column for each of the second; others stay in their middle.
-    Returns the figure of the grid, or the sliders.
+    The grid has a row for each value of the first choice, a column for each of the second; others stay in
+    their middle. Returns the figure of the grid, or the sliders.
     """
     middle = {name: values[len(values) // 2] for name, values in choices.items()}
     if sliders_work():
@@ -75,13 +78,15 @@ def explore(draw, size=1.9, **choices):
             draw(plt.subplots(figsize=(5, 5))[1], **values)
             plt.show()
 
-        sliders = interactive(show, **{name: SelectionSlider(options=values, value=middle[name], description=name,
-                                                             continuous_update=False) for name, values in choices.items()})
+        slider = lambda name: SelectionSlider(options=choices[name], value=middle[name], description=name,
+                                              continuous_update=False)
+        sliders = interactive(show, **{name: slider(name) for name in choices})
         display(sliders)
         return sliders
     (down, rows), *rest = choices.items()
     across, columns = rest[0] if rest else (None, [None])
-    figure, axes = plt.subplots(len(rows), len(columns), figsize=(size * len(columns) + 0.8, size * len(rows) + 0.4), squeeze=False)
+    figure, axes = plt.subplots(len(rows), len(columns), squeeze=False,
+                                figsize=(size * len(columns) + 0.8, size * len(rows) + 0.4))
     for i, row in enumerate(rows):
         for j, column in enumerate(columns):
             draw(axes[i, j], **{**middle, down: row, **({across: column} if rest else {})})

@@ -23,7 +23,8 @@ import make_autograder  # noqa: E402
 import solution  # noqa: E402
 from mistakes import MISTAKES  # noqa: E402
 
-HANDOUT, INSTRUCTOR = ((FOLDER / name).read_text(encoding="utf-8") for name in ("HANDOUT.md", "INSTRUCTOR.md"))
+HANDOUT = (FOLDER / "HANDOUT.md").read_text(encoding="utf-8")
+INSTRUCTOR = (FOLDER / "INSTRUCTOR.md").read_text(encoding="utf-8")
 SECTIONS = {int(number): (title, int(points), text) for number, title, points, text in re.findall(
     r"^## Exercise (\d): (.*?) \((\d+) points.*?\)\n(.*?)(?=^## |\Z)", HANDOUT, re.M | re.S)}
 bash = pytest.mark.skipif(shutil.which("bash") is None, reason="there is no bash")
@@ -36,27 +37,17 @@ def rows(text, header):
             for line in table.splitlines()]
 
 
-def signature(name):
-    """A function of the solution from its decorators to the colon, as written."""
-    source = (FOLDER / "solution.py").read_text(encoding="utf-8")
-    node = next(node for node in ast.parse(source).body if getattr(node, "name", None) == name)
-    first = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
-    return "\n".join(source.splitlines()[first - 1:node.body[0].lineno - 1])
-
-
 # The handout
 
 
-def test_signatures_are_quoted():
-    """Each function of the assignment stands in the handout with the signature that the solution has."""
-    for name in adapter.FUNCTIONS:
-        assert signature(name) in HANDOUT, name
-
-
-def test_slow_specifications_are_quoted():
-    """Every slow_... function of exercises.py, and what they are made of, stands in the handout word by word."""
-    names = [name for name in vars(exercises) if name.startswith("slow_")]
-    for name in [*names, "dot"]:
+def test_signatures_and_specifications_are_quoted():
+    """Each signature of the solution, and each slow function of exercises.py, stands in the handout."""
+    source = (FOLDER / "solution.py").read_text(encoding="utf-8")
+    for node in ast.parse(source).body:
+        if getattr(node, "name", None) in adapter.FUNCTIONS:
+            first = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
+            assert "\n".join(source.splitlines()[first - 1:node.body[0].lineno - 1]) in HANDOUT, node.name
+    for name in [*(name for name in vars(exercises) if name.startswith("slow_")), "dot"]:
         assert inspect.getsource(getattr(exercises, name)).rstrip() in HANDOUT, name
     for number, (_, _, text) in SECTIONS.items():
         assert number == 8 or "**Slow specification" in text and "def slow_" in text, number
@@ -64,14 +55,13 @@ def test_slow_specifications_are_quoted():
 
 @pytest.mark.parametrize("exercise", exercises.EXERCISES, ids=lambda exercise: str(exercise.number))
 def test_checks_and_points(exercise):
-    """Each exercise has its title, its points, and a table of its checks in their order, each with its test."""
+    """Each exercise has its title, its points, and a table of its checks in order, each with its test."""
     title, points, text = SECTIONS[exercise.number]
     assert title.lower() == exercise.title.lower() and points == exercise.points
     table = rows(text, "| check | points | what it asserts | test |")
     checks = [[check.name, str(check.points), f"`{check.function.__name__}`"] for check in exercise.checks]
     assert [[name, worth, test] for name, worth, _, test in table] == checks
-    assert all(asserts for _, _, asserts, _ in table)
-    assert "<details><summary>Hint</summary>" in text
+    assert all(asserts for _, _, asserts, _ in table) and "<details><summary>Hint</summary>" in text
 
 
 def test_points_and_minutes_add_up():
@@ -88,31 +78,29 @@ def test_points_and_minutes_add_up():
     minutes = {name: minutes for name, minutes, *_ in plan if minutes}
     assert minutes == {name: minutes for name, _, _, minutes in table}
     for column in (2, 3):
-        assert sum(int(re.search(r"\d+", row[column] + " 0").group()) for row in plan[:-1]) == int(plan[-1][column])
+        assert sum(int(re.search(r"\d+",
+                                 row[column] + " 0").group()) for row in plan[:-1]) == int(plan[-1][column])
 
 
 def test_worked_examples():
     """What the handout prints is what the solution computes, in each of the seven exercises."""
     for number in range(1, 8):
-        examples = doctest.DocTestParser().get_doctest(SECTIONS[number][2], dict(vars(solution)), str(number), None, 0)
-        out = []
+        parser, names = doctest.DocTestParser(), dict(vars(solution))
+        examples, out = parser.get_doctest(SECTIONS[number][2], names, str(number), None, 0), []
         results = doctest.DocTestRunner(verbose=False).run(examples, out=out.append)
         assert results.attempted >= 2 and results.failed == 0, "".join(out)
-    command = re.search(r"print\(d\.testfile\((.*?), globs", HANDOUT).group(1)
-    assert (ROOT / command.split("'")[1]).samefile(FOLDER / "HANDOUT.md")
 
 
 @pytest.mark.parametrize("text", [HANDOUT, INSTRUCTOR], ids=["handout", "instructor"])
 def test_links_exist(text):
     """Every link to a file leads to one, and every link into a page to a heading of it."""
-    links = [link for link in re.findall(r"\]\(([^)]+)\)", text) if not link.startswith("http")]
-    assert len(links) >= 3
-    for link in links:
+    for link in [link for link in re.findall(r"\]\(([^)]+)\)", text) if not link.startswith("http")]:
         name, _, anchor = link.partition("#")
         assert (FOLDER / name).exists(), link
         if anchor:
             headings = re.findall(r"^#+ (.*)", (FOLDER / name).read_text(encoding="utf-8"), re.M)
-            assert anchor in [re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings], link
+            assert anchor in [re.sub(r"[^\w -]", "", heading.lower()).replace(" ",
+                                                                              "-") for heading in headings]
 
 
 # The instructor's page
@@ -122,51 +110,41 @@ def test_every_mistake_is_listed():
     """The table of common mistakes is mistakes.py, in its order; each check in it is one of the exercise."""
     table = rows(INSTRUCTOR, "| exercise | mistake | caught by |")
     assert table == [[str(mistake.exercise), mistake.name, mistake.check] for mistake in MISTAKES]
-    assert f"| {len(MISTAKES)} wrong solutions" in INSTRUCTOR and len(table) >= 10
+    assert f"| {len(MISTAKES)} wrong solutions" in INSTRUCTOR
+    assert {mistake.exercise for mistake in MISTAKES} == set(range(1, 8))
     assert f"needs {sum(len(exercise.checks) for exercise in exercises.EXERCISES)} times" in INSTRUCTOR
     for number, _, name in table:
         assert name in [check.name for check in exercises.EXERCISES[int(number) - 1].checks]
 
 
 def test_the_numbers_of_the_model_answer_belong_to_its_settings():
-    """The quoted experiment is the one that the solution runs by default (it takes minutes, and is not run here)."""
+    """The quoted experiment is what the solution runs by default (it takes minutes, and is not run)."""
     defaults = {name: p.default for name, p in inspect.signature(solution.experiment).parameters.items()}
     assert (defaults["samples"], defaults["steps"], list(defaults["seeds"])) == (160, 25, [0, 1, 2, 3, 4])
     assert "160 images, 25 steps, seeds 0 to 4" in INSTRUCTOR
-    taus = re.search(r"taus = .*?\((0\.[\d., ]+)\)$", inspect.getsource(solution.experiment), re.M).group(1).split(", ")
-    assert f"tau_c of {', '.join(taus[:-1])} and {taus[-1]}" in INSTRUCTOR
-    assert len(rows(INSTRUCTOR, f"| | {' | '.join(f'tau_c {tau}' for tau in taus[1:])} |")) == 6
-
-
-def command(text, containing):
-    """The bash block of a page that contains these words."""
-    return next(block for block in re.findall(r"```bash\n(.*?)```", text, re.S) if containing in block)
+    assert "(0.01, 0.1, 0.3, 0.9)" in inspect.getsource(solution.experiment)
+    assert "tau_c of 0.01, 0.1, 0.3 and 0.9" in INSTRUCTOR
+    assert len(rows(INSTRUCTOR, "| | tau_c 0.1 | tau_c 0.3 | tau_c 0.9 |")) == 6
 
 
 @bash
 def test_marking_a_folder(tmp_path):
     """The loop of the instructor's page, with one seed, and its summary, give each student's lowest score."""
-    (tmp_path / "submissions").mkdir()
+    for name in ("submissions", "bin"):
+        (tmp_path / name).mkdir()
     (tmp_path / "assignment").symlink_to(FOLDER)
     shutil.copy(FOLDER / "solution.py", tmp_path / "submissions" / "ada l.py")
     (tmp_path / "submissions" / "bob-2.py").write_text("import nothing_of_this_name\n")
-    (tmp_path / "bin").mkdir()
-    stub(tmp_path / "bin/python", f'exec "{sys.executable}" "$@"')
-    loop = command(INSTRUCTOR, "submissions/*.py; do")
+    (tmp_path / "bin/python").write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
+    (tmp_path / "bin/python").chmod(0o755)
+    blocks = re.findall(r"```bash\n(.*?)```", INSTRUCTOR, re.S)
+    loop, = (block for block in blocks if "submissions/*.py; do" in block)
+    summary, = (block for block in blocks if "marks.get" in block)
     assert "for seed in 11 12 13; do" in loop
-    loop = loop.replace("11 12 13", "11") + command(INSTRUCTOR, "marks.get")
-    done = subprocess.run(["bash", "-c", loop], cwd=tmp_path, env=with_path(tmp_path / "bin"), text=True,
-                          capture_output=True)
+    environment = {**os.environ, "PATH": f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}"}
+    done = subprocess.run(["bash", "-c", loop.replace("11 12 13", "11") + summary], cwd=tmp_path,
+                          env=environment, text=True, capture_output=True)
     assert done.stdout.split("\n") == ["ada l,80", "bob-2,0", ""], done.stderr
-
-
-def stub(path, line):
-    path.write_text(f"#!/bin/sh\n{line}\n")
-    path.chmod(0o755)
-
-
-def with_path(folder, **variables):
-    return {**os.environ, "PATH": f"{folder}{os.pathsep}{os.environ['PATH']}", **variables}
 
 
 # The package for Gradescope
@@ -187,7 +165,7 @@ def unpacked(tmp_path):
 
 
 def run_autograder(root):
-    """Run it from elsewhere, as Gradescope does; returns results.json."""
+    """Run it from elsewhere, as Gradescope does; returns results.json and what was printed."""
     environment = {**os.environ, "AUTOGRADER_ROOT": str(root), "AUTOGRADER_PYTHON": sys.executable}
     done = subprocess.run(["bash", str(root / "source/run_autograder")], cwd="/", env=environment, text=True,
                           capture_output=True)
@@ -197,25 +175,17 @@ def run_autograder(root):
 
 @bash
 def test_the_autograder_grades_the_solution(unpacked):
-    """In an empty folder, with nothing of the repository: 80 of 80, at the packed seed, in Gradescope's format."""
+    """In an empty folder, with nothing of the repository: 80 of 80, at the packed seed."""
     shutil.copy(FOLDER / "solution.py", unpacked / "submission/my answer.py")
     results, printed = run_autograder(unpacked)
-    assert results["score"] == 80 and "(seed 7)" in printed
-    assert {"score", "output", "visibility", "stdout_visibility", "execution_time", "tests"} == set(results)
-    shown = {"hidden", "after_due_date", "after_published", "visible"}
-    chosen = {results["visibility"], results["stdout_visibility"], *(test["visibility"] for test in results["tests"])}
-    assert chosen <= shown
-    assert sum(test["score"] for test in results["tests"]) == sum(test["max_score"] for test in results["tests"]) == 80
+    assert results["score"] == sum(test["max_score"]
+                                   for test in results["tests"]) == 80 and "(seed 7)" in printed
     assert len(results["tests"]) == sum(len(exercise.checks) for exercise in exercises.EXERCISES)
-    for test in results["tests"]:
-        assert test["output"] == "" and isinstance(test["name"], str) and isinstance(test["number"], str)
 
 
 @bash
 def test_the_autograder_says_what_is_missing(unpacked):
-    """No file, two files neither of which is student.py, a grader that does not start: 0, with the reason."""
-    results, _ = run_autograder(unpacked)
-    assert results["score"] == 0 and "there is no file student.py" in results["output"]
+    """Two files neither of which is student.py, a grader that does not start: 0, with the reason."""
     for name in "ab":
         (unpacked / f"submission/{name}.py").write_text("")
     results, _ = run_autograder(unpacked)
@@ -226,29 +196,12 @@ def test_the_autograder_says_what_is_missing(unpacked):
     assert results["score"] == 0 and "tell your instructor" in results["output"] and "status 1" in printed
 
 
-@bash
-def test_setup_installs_torch_into_its_own_environment(unpacked, tmp_path):
-    """setup.sh, with commands that only write down how they were called."""
-    (tmp_path / "bin").mkdir()
-    log = tmp_path / "log"
-    stub(tmp_path / "bin/apt-get", f'echo "apt-get $@" >> "{log}"')
-    pip = tmp_path / "bin/pip"
-    stub(pip, f'echo "pip $@" >> "{log}"')
-    stub(tmp_path / "bin/python3", f'echo "python3 $@" >> "{log}"\nmkdir "$3" "$3/bin"\ncp "{pip}" "$3/bin/"')
-    environment = with_path(tmp_path / "bin", AUTOGRADER_ROOT=str(unpacked))
-    subprocess.run(["bash", str(unpacked / "source/setup.sh")], env=environment, check=True)
-    lines = log.read_text().splitlines()
-    assert [line.split()[0] for line in lines] == ["apt-get", "apt-get", "python3", "pip", "pip"]
-    assert lines[2] == f"python3 -m venv {unpacked}/venv" and "torch" in lines[3] and "/whl/cpu" in lines[3]
-
-
 def test_what_students_get(tmp_path):
-    """The handout, the starter and the grader, and no answers; and one of --seed and --students must be given."""
+    """The handout, the starter and the grader, and no answers; either --seed or --students must be given."""
     make_autograder.main(["--students", "--out", str(tmp_path / "students.zip")])
     with zipfile.ZipFile(tmp_path / "students.zip") as archive:
-        names = archive.namelist()
-    assert sorted(names) == [f"assignment/{name}" for name in (
-        "HANDOUT.md", "adapter.py", "exercises.py", "grade.py", "starter.py")]
+        assert sorted(archive.namelist()) == [f"assignment/{name}" for name in (
+            "HANDOUT.md", "adapter.py", "exercises.py", "grade.py", "starter.py")]
     for wrong in ([], ["--seed", "1", "--students"], ["--seed", "-1"]):
         with pytest.raises(SystemExit) as error:
             make_autograder.main(wrong)
