@@ -328,7 +328,7 @@ class _Rectifier:
             raise RuntimeError(f"{what} was not rectified. {_why_missed(counts, self.kind)}")
         if layers is not None and len(self.calls) == 1 and count not in self.calls:  # once
             warnings.warn(f"a forward made {count} attention calls of kind {self.kind!r}, and others made "
-                          f"{min(self.calls)}: does a cache skip blocks? The layers' numbers shift", stacklevel=2)
+                          f"{min(self.calls)}: does a cache skip blocks? The numbers shift", stacklevel=2)
         self.calls.add(count)
         allowed = [{self.batch}] if self.batch is not None else list(filter(None, counts["samples"]))
         for rows in counts["rows"] if self.rows is not None or self.batch is not None else ():

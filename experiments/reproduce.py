@@ -45,7 +45,7 @@ def arguments():
     add = parser.add_argument
     add("names", nargs="+", metavar="NAME", help=f"one or more of {', '.join(ENTRIES)}, claims, or all")
     add("--quick", action="store_true", help="digits, few images, three seeds: a try of it all, not a result")
-    add("--weights", nargs="+", metavar="CHECKPOINT", help=f"of {', '.join(shipped)}; those that have an early one")
+    add("--weights", nargs="+", metavar="CHECKPOINT", help=f"of {', '.join(shipped)} (those with an early one)")
     add("--out", help="folder to write to (experiments/results; --quick: out/quick, --weights: out/results)")
     add("--cache", default=str(runs.CACHE), help="folder of the finished runs (out/cache)")
     add("--device", choices=("cuda", "mps", "cpu"), help="chosen automatically when not given")
@@ -55,7 +55,8 @@ def arguments():
 def chosen_weights(options):
     """The checkpoints to run on; a clear error for one that is not there."""
     shipped = sorted(file.stem for file in WEIGHTS.glob("*.pt"))
-    names = options.weights or (["digits"] if options.quick else [n for n in data.NAMES if f"{n}-early" in shipped])
+    complete = [name for name in data.NAMES if f"{name}-early" in shipped]
+    names = options.weights or (["digits"] if options.quick else complete)
     if not names:
         raise ValueError(f"there are no weights under {WEIGHTS}; train some with train_toy.py")
     for name in names:
