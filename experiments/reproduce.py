@@ -45,7 +45,7 @@ def arguments():
     add = parser.add_argument
     add("names", nargs="+", metavar="NAME", help=f"one or more of {', '.join(ENTRIES)}, claims, or all")
     add("--quick", action="store_true", help="digits, few images, three seeds: a try of it all, not a result")
-    add("--weights", nargs="+", metavar="CHECKPOINT", help=f"of {', '.join(shipped)} (those with an early one)")
+    add("--weights", nargs="+", metavar="CHECKPOINT", help=f"of {', '.join(shipped)}")
     add("--out", help="folder to write to (experiments/results; --quick: out/quick, --weights: out/results)")
     add("--cache", default=str(runs.CACHE), help="folder of the finished runs (out/cache)")
     add("--device", choices=("cuda", "mps", "cpu"), help="chosen automatically when not given")
