@@ -28,6 +28,7 @@ import math
 import numbers
 import sys
 import threading
+import types
 import warnings
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
@@ -46,9 +47,9 @@ __version__ = "0.2.0"
 def hopfield_energy(xi, X, *, beta=None, tau=1.0, alpha=1.0):
     """E(xi) = 1/2 |xi|^2 - alpha * lse(X xi, tau * beta), with lse(z, b) = log(sum exp(b z)) / b (eq. 9).
 
+    The paper's lse (eq. 4) leaves out the inner b. Without it, eq. 6 is not the gradient.
     States xi (..., S, d), patterns X (..., N, d) -> energies (..., S). beta is 1/sqrt(d) if not given.
     tau must be positive: the energy is unbounded as tau -> 0, though its gradient is not.
-    The paper's lse (eq. 4) leaves out the inner b. Without it, eq. 6 is not the gradient.
     """
     beta = xi.shape[-1] ** -0.5 if beta is None else beta
     _numbers(above=0, beta=beta, tau=tau)
@@ -58,7 +59,7 @@ def hopfield_energy(xi, X, *, beta=None, tau=1.0, alpha=1.0):
 
 
 def hopfield_step(xi, X, *, beta=None, tau=1.0, alpha=1.0, gamma=1.0):
-    """One step of descent, xi - gamma * (xi - alpha * softmax(tau * beta * xi X^T) X) (eq. 6 of eq. 9).
+    """One step of descent, xi - gamma * (xi - alpha * softmax(tau * beta * xi X^T) X) (eq. 6, for eq. 9).
 
     xi (..., S, d), X (..., N, d) -> (..., S, d). With gamma = 1 and alpha >= 0 the energy never rises (CCCP).
     """
@@ -79,11 +80,11 @@ def energy_attention(q, k, v, *, tau=1.0, alpha=1.0, gamma=1.0, K=1, queries=Non
     q (B, H, S, D), k, v (B, H, N, D) -> (B, H, S, D). tau is a number, or a tensor (B,), one a sample.
     `queries` is a slice of S: it restricts tau, and only tau, to these queries (Listing 2: the image tokens).
     beta is `scale`, 1/sqrt(D) by default. Masks, boolean or additive, are not tempered. Each step is one call
-    of F.scaled_dot_product_attention, so no S x N matrix is kept. With tau = alpha = gamma = K = 1 the result
-    is its own, bit for bit.
+    of F.scaled_dot_product_attention, so no S x N matrix is kept. With tau = alpha = gamma = K = 1 it is
+    that function, bit for bit.
 
     Algorithm 1 pulls queries towards the values, `hopfield_step` towards the keys: the same if v = k.
-    Listing 2 scales q once, residual included: the same only for gamma = K = 1.
+    Listing 2 scales q once, so its residual is tempered, too: the same only for gamma = K = 1.
     Raises ValueError for a number out of range, and if v is not as wide as q unless gamma = K = 1.
     """
     _check_energy(tau, alpha, gamma, K)
@@ -92,7 +93,7 @@ def energy_attention(q, k, v, *, tau=1.0, alpha=1.0, gamma=1.0, K=1, queries=Non
     factor = None
     if isinstance(tau, Tensor) or queries is not None or tau == 0:  # scale = 0 times a mask's -inf is NaN
         factor = _temper(q, tau, queries=queries)
-    elif tau != 1:  # a plain number is free of charge: it goes into the kernel's scale
+    elif tau != 1:  # a plain number costs nothing: it goes into the kernel's scale
         scale = tau * (q.shape[-1] ** -0.5 if scale is None else scale)
     options = dict(attn_mask=attn_mask, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa)
     for _ in range(K):
@@ -149,34 +150,34 @@ def project(v, onto):
 class _Thread(threading.local):
     def __init__(self):
         self.active = ()  # rectifiers whose forwards are under way in this thread, the oldest context first
-        self.outer = None  # while a call is answered: those of them that chose it, too, and see its steps
+        self.outer = None  # during an answer: those of them that still have to answer its calls
 
 
 _thread = _Thread()
 _lock = threading.Lock()
-_under_way = []  # an entry for each forward, of any thread; the first one's is what to put back
+_open = []  # an entry for each open context, of any thread; the first one says what to put back
 _plain, _plain_multi_head = F.scaled_dot_product_attention, F.multi_head_attention_forward
 
 
 def _attend(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
     """Stands in the place of F.scaled_dot_product_attention."""
-    before = chosen = _thread.outer
-    if chosen is None:  # a call of the model, not a step of an answer
+    options = dict(attn_mask=attn_mask, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa)
+    outer = chosen = _thread.outer
+    if outer is None:  # a call of the model, not a step of an answer
         chosen = tuple([rectifier for rectifier in _thread.active if rectifier.chooses(query, key)])
     if not chosen:
-        return _plain(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
+        return _plain(query, key, value, dropout_p=dropout_p, **options)
     if dropout_p:
         raise ValueError(f"dropout_p={dropout_p} in a rectified call: call the model's eval() first")
-    _thread.outer = chosen[:-1]
     try:
-        return chosen[-1].answer(query, key, value, attn_mask=attn_mask, is_causal=is_causal, scale=scale,
-                                 enable_gqa=enable_gqa)
+        _thread.outer = chosen[:-1]
+        return chosen[-1].answer(query, key, value, **options)
     finally:
-        _thread.outer = before
+        _thread.outer = outer
 
 
 def _multi_head(*args, **kwargs):
-    """Stands in the place of F.multi_head_attention_forward, which with weights calls no function of ours."""
+    """Stands in the place of F.multi_head_attention_forward, which may write attention out (need_weights)."""
     for rectifier in _thread.active if kwargs.get("need_weights", True) else ():
         rectifier.counts[-1]["missed"] += 1
     return _plain_multi_head(*args, **kwargs)
@@ -184,8 +185,9 @@ def _multi_head(*args, **kwargs):
 
 @functools.lru_cache(maxsize=1)
 def _holders(function, modules):
-    """Globals of modules that imported the function by name; `modules` is how many modules there are."""
-    spaces = [vars(m) for name, m in list(sys.modules.items()) if m and name.partition(".")[0] != "torch"]
+    """Globals of modules that imported the function by name. `modules`, their number, renews the cache."""
+    spaces = [vars(m) for name, m in list(sys.modules.items())
+              if isinstance(m, types.ModuleType) and name.partition(".")[0] != "torch"]
     return [space for space in spaces if any(value is function for value in list(space.values()))]
 
 
@@ -195,28 +197,41 @@ def _replaced():
     global _plain, _plain_multi_head
     with _lock:
         places = []
-        if not _under_way:
-            _plain, _plain_multi_head = F.scaled_dot_product_attention, F.multi_head_attention_forward
+        if not _open:
+            if F.scaled_dot_product_attention is not _attend:  # it is after a patch that was undone too late
+                _plain = F.scaled_dot_product_attention
+            if F.multi_head_attention_forward is not _uncompiled(_multi_head):
+                _plain_multi_head = F.multi_head_attention_forward
             places = [(vars(F), "scaled_dot_product_attention", _plain, _attend),
-                      (vars(F), "multi_head_attention_forward", _plain_multi_head, _multi_head)]
+                      (vars(F), "multi_head_attention_forward", _plain_multi_head, _uncompiled(_multi_head))]
             for space in [vars(sys.modules["__main__"]), *_holders(_plain, len(sys.modules))]:
                 places += [(space, name, _plain, _attend) for name, value in list(space.items())
                            if value is _plain and name != "_plain"]
-            for space, name, _, ours in places:
-                space[name] = ours
-        _under_way.append((places, torch.backends.mha.get_fastpath_enabled()))
+        _open.append((places, torch.backends.mha.get_fastpath_enabled()))
         torch.backends.mha.set_fastpath_enabled(False)  # nn.MultiheadAttention's calls no attention function
+        for space, name, _, ours in places:
+            space[name] = ours
     try:
         yield
     finally:
         with _lock:
-            places, fastpath = _under_way[0]
-            if len(_under_way) == 1:
+            places, fastpath = _open[0]
+            if len(_open) == 1:
                 torch.backends.mha.set_fastpath_enabled(fastpath)
                 for space, name, plain, ours in places:
                     if space.get(name) is ours:  # else somebody has replaced it meanwhile
                         space[name] = plain
-            _under_way.pop()
+            _open.pop()
+
+
+@functools.cache
+def _disabled(function):
+    return torch.compiler.disable(function)
+
+
+def _uncompiled(function):
+    """The function, which Dynamo is not to trace; without asking for Dynamo, whose import takes a second."""
+    return _disabled(function) if "torch._dynamo" in sys.modules else function
 
 
 class _Rectifier:
@@ -243,58 +258,64 @@ class _Rectifier:
         self.ran = self.rectified = 0  # forwards that began, and those that were not ordinary
         self.calls = set()  # how many attention calls forwards made
 
-    def __deepcopy__(self, memo):
-        """A model that is copied in a context is an ordinary one: no thread rectifies the copy."""
-        twin = object.__new__(_Rectifier)
-        twin.thread = None
-        return twin
+    def begin(self, ordinary=False):
+        """A forward begins."""
+        counts = dict.fromkeys(("self", "cross", "all", "missed"), 0) | {"ordinary": ordinary, "rows": []}
+        self.counts.append(counts)
+        self.ran, self.rectified = self.ran + 1, self.rectified + (not ordinary)
+        _thread.active = tuple(sorted({*_thread.active, self}, key=lambda rectifier: rectifier.number))
+
+    def end(self):
+        if self.counts:
+            self.counts.pop()
+        if not self.counts:
+            _thread.active = tuple([rectifier for rectifier in _thread.active if rectifier is not self])
+
+    @contextlib.contextmanager
+    def forward(self):
+        """All that runs in this context is one forward."""
+        with _replaced():
+            try:
+                self.begin()
+                yield
+                self.check()
+            finally:
+                self.end()
 
     @contextlib.contextmanager
     def attached(self, model):
         """Each call of `model` in this context is a forward."""
-        name = "forward" if model._compiled_call_impl is None else "_compiled_call_impl"  # by model.compile()
-        own, instance = getattr(model, name), name in vars(model)
-        setattr(model, name, functools.update_wrapper(functools.partial(self.run, own), own))
-        try:
-            yield
-        finally:
-            setattr(model, name, own) if instance else delattr(model, name)
+        def mine(hook):
+            def on_this(module, *given):  # a deep copy of the model keeps the hooks
+                if module is model and threading.get_ident() == self.thread:
+                    hook(*given)
+            return on_this
 
-    def run(self, forward, /, *args, **kwargs):
-        """A call of the model's own `forward`."""
-        if threading.get_ident() != self.thread:
-            return forward(*args, **kwargs)
-        with self.forward(ordinary=self.when is not None and not self.when(*args, **kwargs)) as counts:
-            output = forward(*args, **kwargs)
-            counts["samples"] = [_lengths((args, kwargs)), _lengths(output)]
-        return output
-
-    @contextlib.contextmanager
-    def forward(self, ordinary=False):
-        """All that runs in this context is one forward."""
-        counts = dict.fromkeys(("self", "cross", "all", "missed"), 0)
-        counts |= {"ordinary": ordinary, "rows": [], "samples": []}
-        self.counts.append(counts)
-        self.ran, self.rectified, before = self.ran + 1, self.rectified + (not ordinary), _thread.active
-        _thread.active = tuple(sorted({*before, self}, key=lambda rectifier: rectifier.number))
+        ordinary = lambda args, kwargs: self.when is not None and not self.when(*args, **kwargs)
+        begin = mine(lambda *given: self.begin(ordinary(*given)))
+        check = mine(lambda args, kwargs, output: self.check((args, kwargs), output))
+        end = mine(lambda args, kwargs, output: self.end())
+        hooks = [model.register_forward_pre_hook(begin, with_kwargs=True),
+                 model.register_forward_hook(check, with_kwargs=True),
+                 model.register_forward_hook(end, with_kwargs=True, always_call=True)]
         try:
             with _replaced():
-                yield counts
-            if not ordinary:
-                self.check(counts)
+                yield
         finally:
-            _thread.active = before
-            self.counts.pop()
+            for hook in hooks:
+                hook.remove()
+            while self.counts:  # torch skips hooks after a KeyboardInterrupt
+                self.end()
 
     def chooses(self, query, key):
-        """Number an attention call; whether it is one to be rectified."""
+        """Count an attention call. Returns whether it is to be rectified."""
         counts, kind = self.counts[-1], "self" if query.shape[-2] == key.shape[-2] else "cross"
         number = counts[self.kind]
         counts[kind] += 1
         counts["all"] += 1
         if self.kind not in (kind, "all") or not (self.layers is None or number in self.layers):
             return False
-        counts["rows"].append(len(query))
+        counts["rows"].append(max(len(query), len(key)))
         return not counts["ordinary"]
 
     def answer(self, q, k, v, **options):
@@ -319,10 +340,13 @@ class _Rectifier:
                     out = plain.slice_scatter(chosen, dim, *part.indices(q.shape[dim]))
         return out
 
-    def check(self, counts):
+    def check(self, given=None, output=None):
         """After a forward: an error unless every chosen layer was rectified, and its rows were samples."""
-        count, layers = counts[self.kind], self.layers
-        missing = [number for number in layers or {0} if number >= count]
+        counts, layers = self.counts[-1], self.layers
+        if counts["ordinary"]:
+            return
+        count = counts[self.kind]
+        missing = [number for number in layers or {0} if number >= count]  # layers=None: at least one
         if missing or (layers is None and counts["missed"]):
             what = f"layer {min(missing)}" if missing else "a call of nn.MultiheadAttention"
             raise RuntimeError(f"{what} was not rectified. {_why_missed(counts, self.kind)}")
@@ -330,9 +354,9 @@ class _Rectifier:
             warnings.warn(f"a forward made {count} attention calls of kind {self.kind!r}, and others made "
                           f"{min(self.calls)}: does a cache skip blocks? The numbers shift", stacklevel=2)
         self.calls.add(count)
-        allowed = [{self.batch}] if self.batch is not None else list(filter(None, counts["samples"]))
+        allowed = [{self.batch}] if self.batch is not None else [_lengths(given), _lengths(output)]
         for rows in counts["rows"] if self.rows is not None or self.batch is not None else ():
-            if any(rows not in lengths for lengths in allowed):
+            if any(lengths and rows not in lengths for lengths in allowed):
                 raise ValueError(f"a call has {rows} rows where {sorted(set.union(*allowed))} were expected: "
                                  "does the model fold space or time into the batch? Use two passes, one "
                                  "plain and one rectified without rows (batched=False), or give batch")
@@ -373,9 +397,10 @@ def rectify(model=None, *, tau=None, alpha=1.0, gamma=1.0, K=1, layers=None, row
         argument of the model, and of its output.
 
     Contexts nest; the one opened last is applied first. Other threads see ordinary attention. The model and
-    torch are left as they were, also after an exception. If compiled, give what torch.compile returned: plain
-    and rectified forwards have a graph each. Another float tau or other layers compile again; a 0-dimensional
-    tensor tau does not. A reference to the function in a closure or a default argument is out of reach.
+    torch are left as they were, also after an exception. It is for inference: activation checkpointing repeats
+    a forward outside of the context. After torch.compile, give what it returned: plain and rectified
+    forwards have a graph each. Another float tau or other layers compile again; a 0-dimensional tensor tau does
+    not. A reference to F.scaled_dot_product_attention in a closure or a default argument is out of reach.
 
     Raises ValueError for settings out of range or without effect. Raises RuntimeError when a forward ends
     without having met every chosen layer, or the context without a forward. Warns if `when` was never true.
@@ -389,8 +414,8 @@ def rectify(model=None, *, tau=None, alpha=1.0, gamma=1.0, K=1, layers=None, row
         yield
     if not rectifier.ran:
         raise RuntimeError(f"{type(model).__name__} was not called in the context. Is it the module that the "
-                           "sampler calls? For a method that does not call its forward, open "
-                           "erg.rectify(...) without the model around each call")
+                           "sampler calls, as model(...)? For code that calls model.forward(...) or another "
+                           "method, open erg.rectify(...) without the model around each call")
     if not rectifier.rectified:
         warnings.warn(f"when=... was true in none of {rectifier.ran} forwards: nothing changed", stacklevel=3)
 
@@ -454,7 +479,7 @@ def attention_calls(function, *args, **kwargs):
         return F.scaled_dot_product_attention(q, k, v, **options)
 
     rectifier = _Rectifier(attention=note, kind="all")
-    rectifier.check = lambda counts: setattr(calls, "missed", counts["missed"])  # nothing need be met
+    rectifier.check = lambda: setattr(calls, "missed", rectifier.counts[-1]["missed"])  # nothing need be met
     enter, leave = lambda module, _: running.append(module), lambda *_: running.pop() and None
     hooks = [nn.modules.module.register_module_forward_pre_hook(enter),
              nn.modules.module.register_module_forward_hook(leave, always_call=True)]
@@ -489,7 +514,8 @@ def encode(encoder, *args, tau, layers=None, projections=None, **kwargs):
         weak = encoder(*args, **kwargs)
     pairs = [(a, b) for a, b in zip(pytree.tree_leaves(strong), pytree.tree_leaves(weak))
              if isinstance(a, Tensor) and a.is_floating_point()]
-    if pairs and all((a - b).norm() < 1e-4 * min(1, abs(1 - tau)) * a.norm() for a, b in pairs):
+    least = (1e-4 if projections is None else 5e-3) * min(1, abs(1 - tau))  # a norm's eps leaves 1e-3
+    if tau != 1 and pairs and not any((a - b).norm() >= least * a.norm() for a, b in pairs):
         raise RuntimeError(f"tau={tau} left the encoding as it was: something after the queries undoes "
                            "it (a norm of the queries, linear attention), their attention does not reach the "
                            "output, or the text is one token")
@@ -574,6 +600,8 @@ class ERG:
         by_name = isinstance(self.layers_c, Mapping) and self.layers_c
         for layers in self.layers_c.values() if by_name else [self.layers_c]:
             _layers("layers_c", layers)
+        if self.rectifies and self.kappa == 1:
+            raise ValueError(f"kappa={self.kappa!r} leaves no t for I-ERG: it acts where t > kappa")
         if self.negative not in (None, "null", "same"):
             raise ValueError(f"negative={self.negative!r} must be 'null' or 'same'")
         if self.negative == "same" and not self.rectifies:
@@ -681,10 +709,11 @@ def _match(batch, positive, negative):
     """The negative's condition, or with `batch` rows in one pass both conditions (2 * batch, ...)."""
     tensors = isinstance(positive, Tensor) and isinstance(negative, Tensor)
     if tensors and negative.shape[:1] == (1,):  # a null prompt for all rows
-        negative = negative.expand(len(positive), *negative.shape[1:])
+        negative = negative.expand(*positive.shape[:1], *negative.shape[1:])
     if batch is None or (not tensors and type(positive) is type(negative) and positive == negative):
         return negative
-    if tensors and (positive.shape, positive.dtype, len(positive)) == (negative.shape, negative.dtype, batch):
+    if tensors and (positive.shape, positive.dtype) == (negative.shape, negative.dtype) and \
+            positive.shape[:1] == (batch,):
         return torch.cat([positive, negative])
     say = lambda y: f"{tuple(y.shape)}, {y.dtype}" if isinstance(y, Tensor) else repr(y)[:60]
     raise ValueError(f"the condition has {say(positive)} and the negative's has {say(negative)}: one pass "
@@ -712,14 +741,14 @@ def _check_energy(tau, alpha, gamma, K):
             raise ValueError(f"tau={tau} must be finite, and at least 0")
     _numbers(alpha=alpha)
     _numbers(above=0, gamma=gamma)
-    if not isinstance(K, int) or isinstance(K, bool) or K < 1:
+    if not isinstance(K, numbers.Integral) or isinstance(K, bool) or K < 1:
         raise ValueError(f"K={K!r} must be a whole number, at least 1")
 
 
 def _check_slice(name, part, length=None):
     """An error unless `part` is None, or a slice that selects something of `length` and nothing beyond."""
     ends = (part.start, part.stop) if isinstance(part, slice) else (part,)
-    if not all(end is None or (isinstance(end, int) and len(ends) == 2) for end in ends):
+    if not all(end is None or (isinstance(end, numbers.Integral) and len(ends) == 2) for end in ends):
         raise TypeError(f"{name}={part!r} must be a slice of whole numbers")
     fits = None in (part, length) or (max(abs(end or 0) for end in ends) <= length and range(length)[part])
     if not fits:
@@ -731,8 +760,8 @@ def _layers(name, layers):
     """Layer numbers as a frozenset; None stands for all."""
     if layers is None:
         return None
-    whole = isinstance(layers, Collection) and all(isinstance(n, int) and n >= 0 for n in layers)
-    if not whole or not layers:
+    whole = lambda n: isinstance(n, numbers.Integral) and not isinstance(n, bool) and n >= 0
+    if not isinstance(layers, Collection) or not len(layers) or not all(map(whole, layers)):
         raise ValueError(f"{name}={layers!r} must hold layer numbers, none negative, for example range(6, 8)")
     return frozenset(layers)
 
@@ -751,13 +780,17 @@ def _check_evaluation(model):
 
 
 def _check_model(model):
-    """An error for what is no model in evaluation mode, a warning for one that is compiled block by block."""
+    """An error for a model that cannot be rectified, a warning for one that is compiled block by block."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model={model!r} must be a torch.nn.Module, or None for all that runs in a context")
     _check_evaluation(model)
-    parts = list(getattr(model, "_orig_mod", model).modules())[1:]
+    root, name = getattr(model, "_orig_mod", model), type(model).__name__
+    if root is model and model._compiled_call_impl is not None:
+        raise ValueError(f"{name} was compiled in place, by {name}.compile(), which does not see hooks: use "
+                         "torch.compile(model), and give rectify what it returns")
+    parts = list(root.modules())[1:]
     if any(part._compiled_call_impl is not None or hasattr(part, "_orig_mod") for part in parts):
-        warnings.warn(f"parts of {type(model).__name__} are compiled on their own. If rectified, each layer "
+        warnings.warn(f"parts of {name} are compiled on their own. If rectified, each layer "
                       "needs a graph of its own, and torch._dynamo.config.recompile_limit allows 8. Raise it "
                       "above the number of layers, or compile the whole model", stacklevel=4)
 
