@@ -330,7 +330,7 @@ class _Rectifier:
             warnings.warn(f"a forward made {count} attention calls of kind {self.kind!r}, and others made "
                           f"{min(self.calls)}: does a cache skip blocks? The layers' numbers shift", stacklevel=2)
         self.calls.add(count)
-        allowed = [{self.batch}] if self.batch is not None else [some for some in counts["samples"] if some]
+        allowed = [{self.batch}] if self.batch is not None else list(filter(None, counts["samples"]))
         for rows in counts["rows"] if self.rows is not None or self.batch is not None else ():
             if any(rows not in lengths for lengths in allowed):
                 raise ValueError(f"a call has {rows} rows where {sorted(set.union(*allowed))} were expected: "

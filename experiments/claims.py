@@ -6,6 +6,7 @@ it is "mixed" where they disagree.
 """
 import dataclasses
 import json
+from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -170,7 +171,6 @@ CLAIMS = [
           lambda r: difference(values(r, "CFG", "saturation"), values(r, "ERG", "saturation"))),
     Claim("ERG and CFG", "ERG costs no more evaluations than CFG", "Table 1: NFE 2 and 2", "table1",
           lambda r: difference([v + 1e-9 for v in values(r, "CFG", "nfe")], values(r, "ERG", "nfe"))),
-
     *group("Combinations", "table1", "Table 1: ",
         ("ERG + APG improves on APG in {}", beats("ERG + APG", "APG"), dict(
             frechet="FID 11.88 to 11.37", density="104.07 to 115.08", coverage="73.06 to 80.50",
@@ -185,7 +185,6 @@ CLAIMS = [
         (f"ERG has more {{}} than {other}", beats("ERG", other), dict(density=paper))
         for other, paper in (("APG", "104.07"), ("CADS", "101.01"), ("PAG*", "107.21"), ("SAG*", "103.58"),
                              ("SEG*", "87.77"), ("AutoGuidance", "87.02"))]),
-
     *group("Unconditional", "table2", "Table 2: ",
         ("I-ERG improves {} over no guidance", beats("I-ERG", NONE), dict(
             frechet="FID 101.50 to 36.25", precision="13.50 to 68.87", recall="38.22 to 57.15",
@@ -199,7 +198,6 @@ CLAIMS = [
             density="127.03 to 141.96 (256), 146.97 to 163.63 (512)",
             precision="76.63 to 80.51, 81.39 to 84.39", frechet="FID 3.67 to 3.67, 5.65 to 4.56",
             recall="55.70 to 54.03, 49.06 to 52.92", coverage="85.81 to 86.72, 86.70 to 86.13"))),
-
     *group("Components", "table5", "Table 5: ",
         ("C-ERG improves {} over CFG", beats("C-ERG", "CFG"), dict(
             density="98.24 to 109.52", coverage="71.12 to 72.06", prompt="CLIPScore 26.45 to 26.73")),
@@ -218,7 +216,6 @@ CLAIMS = [
             frechet="FID 16.62 to 14.43", density="111.83 to 114.50", coverage="70.76 to 71.44")),
         ("temperature beats energy smoothing in {}", beats("temperature reduction", "energy smoothing"), dict(
             frechet="FID 15.06 to 14.43", density="102.82 to 114.50", coverage="69.45 to 71.44"))),
-
     *group("Temperature of the encoder", "figure4", "Figure 4",
         *[(f"tau_c = {tau_c} improves {{}} over tau_c = 1 (w = 2.5)", beats(row, NONE),
            alike(": gains on both sides of 1", "density", "precision", "coverage", "prompt"))
@@ -240,7 +237,6 @@ CLAIMS = [
             precision="+5.37, though the text finds no significant gains")),
         ("gamma = 1.5 improves {}", beats(LONG_STEP, ONE_STEP), dict(
             density="+3.4", coverage="+0.86", precision="+1.02"))),
-
     *group("Layers", "figure8", "Figure 8",
         *[(f"middle layers are better than {other} ones in {{}}", group_beats(third("middle"), third(other)),
            alike(": best in the middle, harmful with later layers", "frechet", "density", "coverage"))
@@ -258,7 +254,6 @@ CLAIMS = [
         ("kappa = 0.4 is better than both 0 and 0.8 in {}",
          beats_all("kappa = 0.4", "kappa = 0", "kappa = 0.8"),
          alike(": best in the middle", "coverage", "prompt"))),
-
     Claim("Inside", "C-ERG's negative varies more over noises and prompts than the null prompt's",
           "Figure 5: marginal variance", "figure5",
           lambda r: difference(r["values"]["marginal weak"], r["values"]["marginal null"])),
@@ -296,17 +291,12 @@ def together(verdicts):
     return found if agree == len(verdicts) else f"{found} on {agree} of {len(verdicts)}"
 
 
-def asked(claim, result):
-    """(mean, half width, verdict) of a claim on a checkpoint, or None where it cannot be asked."""
-    found = claim.test(result)
-    return found if found is None or len(found) == 3 else (*found, judge(*found))
-
-
 def line(claim, results):
     """A claim's row of the page and its verdict, or None if unasked; `results` is {checkpoint: result}."""
-    found = [asked(claim, result) if result else None for result in results.values()]
+    found = [claim.test(result) if result else None for result in results.values()]
     if not any(found):
         return None
+    found = [(*f, judge(*f)) if f and len(f) == 2 else f for f in found]  # mean, half width, verdict
     if claim.text in WITHDRAWN:
         cells, decided = ["" for _ in found], "withdrawn"
     else:
@@ -325,7 +315,7 @@ def write(out, explained=True):
     order = {checkpoint: i for i, checkpoint in enumerate(data.NAMES)}
     checkpoints = {c for record in records.values() for c in record["checkpoints"]}
     checkpoints = sorted(checkpoints, key=lambda c: (order.get(c, 9), c))
-    lines, tally, title = [], {}, None
+    lines, tally, title = [], Counter(), None
     for claim in CLAIMS:
         found = records.get(claim.entry, {"checkpoints": {}})["checkpoints"]
         judged = line(claim, {c: found.get(c) for c in checkpoints})
@@ -335,18 +325,17 @@ def write(out, explained=True):
             title = claim.group
             lines.append(f"| **{title}** |" + " |" * (len(checkpoints) + 2))
         lines.append(judged[0])
-        tally[judged[1]] = tally.get(judged[1], 0) + 1
-    counts = sorted(tally.items(), key=lambda item: -item[1])
+        tally[judged[1]] += 1
     by_reason = {why: [text for text in WITHDRAWN if WITHDRAWN[text] == why] for why in WITHDRAWN.values()}
+    counts = "; ".join(f"**{decided}**: {n}" for decided, n in tally.most_common())
     page = ["# The paper's claims on the toy", "", *([EARLIER, ""] if explained else []), INTRODUCTION, "",
             *(f"Withdrawn: {'; '.join(texts)}. Why: {why}.\n" for why, texts in by_reason.items()),
-            "; ".join(f"**{decided}**: {n}" for decided, n in counts) + f"; of {sum(tally.values())}.", "",
-            f"| claim | paper | {' | '.join(checkpoints)} | verdict |",
+            f"{counts}; of {tally.total()}.", "", f"| claim | paper | {' | '.join(checkpoints)} | verdict |",
             "|---" * (len(checkpoints) + 3) + "|", *lines, ""]
     if explained:
         page += [Path(__file__).with_name("why.md").read_text().strip(), ""]
     data.write_whole(out / "CLAIMS.md", lambda file: file.write("\n".join(page).encode()))
-    return sum(tally.values())
+    return tally.total()
 
 
 EARLIER = """**These are the results of the earlier, small measurement**: five seeds of 80 to 160 images,

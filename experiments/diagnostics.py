@@ -132,10 +132,6 @@ class Effect:
     early: float
     late: float
 
-    @property
-    def growth(self):
-        return self.late / max(self.early, 1e-12)
-
 
 @torch.no_grad()
 def layer_effects(model, noise, condition, tau=0.01, queries=None, times=(0.3, 0.9), steps=20, longest=None):
@@ -146,25 +142,26 @@ def layer_effects(model, noise, condition, tau=0.01, queries=None, times=(0.3, 0
     """
     if not 0 < times[0] < times[1] < 1:
         raise ValueError(f"times={times!r} must be two numbers with 0 < early < late < 1")
-    x, states = noise, {}
-    for i in range(steps):
-        if i in (at := [round(t * steps) for t in times]):
-            states[at.index(i)] = x
-        x = x + model(x, torch.full((len(x),), i / steps, device=x.device), condition) / steps
-    if len(states) < 2:
+    at = [round(t * steps) for t in times]
+    if not at[0] < at[1] < steps:
         raise ValueError(f"steps={steps!r} are too few to tell the times {times} apart")
-    stamp = lambda x, j: torch.full((len(x),), round(times[j] * steps) / steps, device=x.device)
-    plain = [model(states[j], stamp(states[j], j), condition) for j in (0, 1)]
-    calls = erg.attention_calls(model, states[0], stamp(states[0], 0), condition)
+    moments, x = [], noise  # what the model is given at the two times, and its velocity
+    for i in range(at[1] + 1):
+        given = (x, torch.full((len(x),), i / steps, device=x.device), condition)
+        v = model(*given)
+        if i in at:
+            moments.append((given, v))
+        x = x + v / steps
+    calls = erg.attention_calls(model, *moments[0][0])
     n, effects, norm = sum(call.kind == "self" for call in calls), [], lambda v: v.flatten(1).norm(dim=1)
     for start in range(n):
         for end in range(start + 1, min(n, start + (longest or n)) + 1):
             size = []
-            for j in (0, 1):
+            for given, v in moments:
                 with erg.rectify(model, tau=tau, layers=range(start, end), queries=queries):
-                    weak = model(states[j], stamp(states[j], j), condition)
-                _, orthogonal = erg.project(plain[j] - weak, plain[j])
-                size.append((norm(orthogonal) / norm(plain[j])).mean().item())
+                    weak = model(*given)
+                _, orthogonal = erg.project(v - weak, v)
+                size.append((norm(orthogonal) / norm(v)).mean().item())
             effects.append(Effect(range(start, end), *size))
     return effects
 
@@ -179,7 +176,7 @@ def fading_layers(effects):
     if not effects:
         raise ValueError("effects is empty; layer_effects makes them")
     fading = [e for e in effects if e.late <= e.early]
-    best = max(fading, key=lambda e: e.early) if fading else min(effects, key=lambda e: e.growth)
+    best = max(fading, key=lambda e: e.early) if fading else min(effects, key=lambda e: e.late / e.early)
     return best.layers
 
 

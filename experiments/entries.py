@@ -109,13 +109,6 @@ def grids(name, task):
     return found
 
 
-TABLES = {  # task, and the methods that the paper compares
-    1: ("text", ("none", "cfg", "interval", "apg", "cads", "pag", "sag", "seg", "autoguidance",
-                 "erg", "erg+apg", "erg+cads")),
-    2: ("unconditional", ("none", "sag", "pag", "seg", "autoguidance", "i-erg")),
-    3: ("class", ("none", "cfg", "pag", "sag", "seg", "i-erg"))}
-
-
 def metrics_of(task):
     return QUALITY if task == "unconditional" else (*QUALITY, "prompt")
 
@@ -168,26 +161,27 @@ def fixed_table(scale, name, settings, images=None, task="text", **more):
     return dict(task=task, metrics=metrics_of(task), images=images, rows=rows, real=real, **more)
 
 
-def main_table(scale, name, number):
+def main_table(scale, name, task, *methods):
     """Tables 1 to 3: every method at its best setting."""
-    task, methods = TABLES[number]
     chosen, tried = yield from search(scale, name, task, methods)
     return (yield from fixed_table(scale, name, chosen, task=task, search=tried))
 
 
 def table1(scale, name):
     """Text-to-image: all methods, each at its best setting."""
-    return (yield from main_table(scale, name, 1))
+    return (yield from main_table(scale, name, "text", "none", "cfg", "interval", "apg", "cads", "pag", "sag",
+                                  "seg", "autoguidance", "erg", "erg+apg", "erg+cads"))
 
 
 def table2(scale, name):
     """Unconditional generation, from the empty prompt."""
-    return (yield from main_table(scale, name, 2))
+    return (yield from main_table(scale, name, "unconditional", "none", "sag", "pag", "seg", "autoguidance",
+                                  "i-erg"))
 
 
 def table3(scale, name):
     """Class-conditional generation: the prompt is the class alone ("a seven")."""
-    return (yield from main_table(scale, name, 3))
+    return (yield from main_table(scale, name, "class", "none", "cfg", "pag", "sag", "seg", "i-erg"))
 
 
 def table4(scale, name):

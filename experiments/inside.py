@@ -13,12 +13,6 @@ from experiments.statistics import estimate
 from tiny_dit import sample
 from toy.metrics import saturation
 
-
-def row(label, values, digits=4):
-    mean, half = estimate(values)
-    return f"| {label} | {mean:.{digits}f} | " + ("" if len(values) == 1 else f"± {half:.{digits}f}") + " |"
-
-
 # ---- Figures 5, 6 and 7 ------------------------------------------------------------------------------------
 
 
@@ -33,11 +27,12 @@ def figure5(scale, name, device):
             means.setdefault(kind, []).append(v.mean().item())
             pixels.setdefault(kind, v.flatten().tolist())  # of the first seed
     lines = ["Mean over pixels, over seeds (20 noises and prompts each):", "", "| variance | mean | 95 % |",
-             "|---|---|---|", *(row(kind, values) for kind, values in means.items())]
+             "|---|---|---|", *("| {} | {:.4f} | ± {:.4f} |".format(kind, *estimate(values))
+                                for kind, values in means.items())]
     return dict(values=means, summary="\n".join(lines)), pixels
 
 
-def draw5(figure, axes, drawn):
+def draw5(axes, drawn):
     colours = {"null": report.colour("CFG"), "weak": report.colour("C-ERG")}
     for line, (name, pixels) in zip(axes, drawn.items()):
         for ax, kind in zip(line, ("marginal", "conditional")):
@@ -78,7 +73,7 @@ def band(ax, x, seeds, *look):
     report.band(ax, x, *zip(*(estimate(values) for values in zip(*seeds))), *look)
 
 
-def draw6(figure, axes, drawn):
+def draw6(axes, drawn):
     for line, (name, result) in zip(axes, drawn.items()):
         for ax, part in zip(line, ("parallel", "orthogonal")):
             for method, style in (("CFG", "-"), ("I-ERG", "--")):
@@ -115,7 +110,7 @@ def figure7(scale, name, device):
     return dict(values=values, summary="\n".join(lines)), values
 
 
-def draw7(figure, axes, drawn):
+def draw7(axes, drawn):
     for line, (name, values) in zip(axes, drawn.items()):
         for ax, (kind, title) in zip(line, KINDS.items()):
             for t, c in ((0.1, "#56B4E9"), (0.3, "#D55E00"), (0.6, "#3B3B6D")):
@@ -167,13 +162,11 @@ def show(ax, x, title=None, ylabel=None):
     ax.imshow(tiled(x), interpolation="nearest")
     ax.set(xticks=[], yticks=[])
     ax.spines[:].set_visible(False)
-    if title:
-        ax.set_title(title, fontsize=7)
-    if ylabel:
-        ax.set_ylabel(ylabel, fontsize=7)
+    ax.set_title(title or "", fontsize=7)
+    ax.set_ylabel(ylabel or "", fontsize=7)
 
 
-def draw15(figure, axes, drawn):
+def draw15(axes, drawn):
     for block, (name, (images, plain)) in enumerate(drawn.items()):
         for i, kappa in enumerate(reversed(GRID_KAPPA)):
             for j, tau_i in enumerate(reversed(GRID_TAU)):
@@ -196,7 +189,7 @@ def figure16(scale, name, device):
     return dict(distance=distance, saturation=spread, summary="\n".join(text)), images
 
 
-def draw16(figure, axes, drawn):
+def draw16(axes, drawn):
     for column, (name, images) in enumerate(drawn.items()):
         for i, (label, x) in enumerate(images.items()):
             show(axes[i, column], x, name if i == 0 else None, label)
@@ -222,6 +215,6 @@ def run(name, record, scale, weights, device):
     record["minutes"] = (time.perf_counter() - began) / 60
     draw, layout = LAYOUT[name]
     figure, axes = report.canvas(*layout(drawn))
-    draw(figure, axes, drawn)
+    draw(axes, drawn)
     figure.suptitle(record["title"], fontsize=9)
     return record, figure

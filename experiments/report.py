@@ -38,7 +38,7 @@ def setting_text(parameters):
             contiguous = value == list(range(value[0], value[-1] + 1))
             parts.append(f"layers {value[0]}:{value[-1] + 1}" if contiguous else f"layers {value}")
         elif name == "taus":
-            parts.append("tau by layer")
+            parts.append("tau_i by layer")
         else:
             parts.append(f"{name} = {value:g}" if isinstance(value, (int, float)) else f"{name} = {value}")
     return ", ".join(parts)
@@ -70,14 +70,14 @@ def table(result):
         best[m] = [] if "baseline" in result else [rows[label] for label in won]
     extra = [m for m in ("saturation", "nfe") if all(m in row["values"] for row in rows.values())]
     line = lambda *texts: f"| {' | '.join(texts)} |"
-    lines = [line("", *map(heading, metrics), *extra, "settings").replace("|  |", "| |"),
-             "|---" * (len(metrics) + len(extra) + 2) + "|"]
+    shown = [*metrics, *extra]
+    lines = [line("", *map(heading, metrics), *extra, "settings"), "|---" * (len(shown) + 2) + "|"]
     if "real" in result:
         real = {m: number(*estimate(values)) for m, values in result["real"].items()}
-        lines.append(line("*real images*", *(real.get(m, "") for m in [*metrics, *extra]), ""))
+        lines.append(line("*real images*", *(real.get(m, "") for m in shown), ""))
     for label, row in rows.items():
         found = dict(cells(row, result, best))
-        lines.append(line(label, *(found[m] for m in [*metrics, *extra]), setting_text(row["parameters"])))
+        lines.append(line(label, *(found[m] for m in shown), setting_text(row["parameters"])))
     return "\n".join(lines)
 
 
@@ -126,16 +126,14 @@ tau_i and kappa come from an earlier scan by hand, which is a head start for the
 
 </details>
 """
-BOLD = "Bold: better than every other row beyond the 95 % interval of the difference, paired by seed."
-BOLD_DIFFERENCES = "Rows are differences from {baseline}, paired by seed; bold where the interval excludes 0."
-REFERENCE = {"digits": "1,437"}
 
 
 def runs_text(checkpoint, result, scale):
-    baseline, name = result.get("baseline"), checkpoint.removesuffix("-early")
+    bold = "Bold: better than every other row beyond the 95 % interval of the difference, paired by seed."
+    if "baseline" in result:
+        bold = f"Rows are differences from {result['baseline']}, paired by seed; bold where they exclude 0."
     return RUNS_TEXT.format(steps=scale["steps"], seeds=len(scale["seeds"]), images=result["images"],
-                            reference=REFERENCE.get(name, "5,000"),
-                            bold=BOLD_DIFFERENCES.format(baseline=baseline) if baseline else BOLD)
+                            bold=bold, reference="1,437" if checkpoint.startswith("digits") else "5,000")
 
 
 def changes(result):

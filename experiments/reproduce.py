@@ -45,7 +45,7 @@ def arguments():
     add = parser.add_argument
     add("names", nargs="+", metavar="NAME", help=f"one or more of {', '.join(ENTRIES)}, claims, or all")
     add("--quick", action="store_true", help="digits, few images, three seeds: a try of it all, not a result")
-    add("--weights", nargs="+", metavar="CHECKPOINT", help=f"of {', '.join(shipped)}; all but the early ones")
+    add("--weights", nargs="+", metavar="CHECKPOINT", help=f"of {', '.join(shipped)}; those that have an early one")
     add("--out", help="folder to write to (experiments/results; --quick: out/quick, --weights: out/results)")
     add("--cache", default=str(runs.CACHE), help="folder of the finished runs (out/cache)")
     add("--device", choices=("cuda", "mps", "cpu"), help="chosen automatically when not given")
@@ -55,9 +55,9 @@ def arguments():
 def chosen_weights(options):
     """The checkpoints to run on; a clear error for one that is not there."""
     shipped = sorted(file.stem for file in WEIGHTS.glob("*.pt"))
-    names = options.weights or (["digits"] if options.quick else [n for n in data.NAMES if n in shipped])
+    names = options.weights or (["digits"] if options.quick else [n for n in data.NAMES if f"{n}-early" in shipped])
     if not names:
-        raise ValueError(f"there are no weights under {WEIGHTS}; train some with py")
+        raise ValueError(f"there are no weights under {WEIGHTS}; train some with train_toy.py")
     for name in names:
         if name not in shipped:
             raise ValueError(f"--weights {name} must be one of {', '.join(shipped)}")
@@ -77,8 +77,7 @@ def command(argv):
 
 def write(out, name, record, figure):
     """NAME.json, .md and .png, each whole or not at all."""
-    text = (ENTRIES[name].__doc__ or "").strip()
-    page, numbers = report.markdown(name, record, text), json.dumps(record, indent=1) + "\n"
+    page, numbers = report.markdown(name, record, ENTRIES[name].__doc__), json.dumps(record, indent=1) + "\n"
     data.write_whole(out / f"{name}.json", lambda file: file.write(numbers.encode()))
     data.write_whole(out / f"{name}.md", lambda file: file.write(page.encode()))
     data.write_whole(out / f"{name}.png", lambda file: figure.savefig(file, format="png", dpi=110))

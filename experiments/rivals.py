@@ -22,8 +22,6 @@ from collections.abc import Callable, Collection
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
-from torch.utils import _pytree as pytree
 
 import erg
 from toy.sampling import METHODS, WEIGHTS, Method, guided_by, load_checkpoint
@@ -36,11 +34,6 @@ def check_number(above=-math.inf, **values):
         if not number or value <= above:
             limit = "" if above == -math.inf else f" greater than {above:g}"
             raise ValueError(f"{name}={value!r} must be a finite number{limit}")
-
-
-def _check_time(t):
-    if not 0 <= float(t) <= 1:
-        raise ValueError(f"t={float(t)} must lie between 0 (noise) and 1 (data)")
 
 
 def _check_side(side):
@@ -144,7 +137,6 @@ class Rewired:
                              "which has no effect without it")
 
     def __call__(self, model, x, t, condition=None):
-        _check_time(t)
         rectified = t > self.kappa + 1e-6 and self.w != 1
         parts = [condition]
         if self.w != 1 and (rectified or self.negative is not None):
@@ -164,16 +156,11 @@ class Rewired:
 
 
 def evaluate_together(model, x, t, conditions):
-    """Velocities at x (B, ...) under each of n conditions, in a batch of nB rows; one row serves all."""
+    """Velocities at x (B, ...) under n conditions (B or 1, L, W), in a batch of nB rows."""
     B, n = len(x), len(conditions)
-
-    def join(*parts):
-        if not isinstance(parts[0], Tensor):
-            return parts[0]
-        return torch.cat([c.expand(B, *c.shape[1:]) for c in parts])
-
+    together = torch.cat([c.expand(B, *c.shape[1:]) for c in conditions])
     times = torch.full((n * B,), float(t), dtype=torch.float32, device=x.device)
-    return model(x.repeat(n, *[1] * (x.dim() - 1)), times, pytree.tree_map(join, *conditions)).chunk(n)
+    return model(torch.cat([x] * n), times, together).chunk(n)
 
 
 def pag(w, layers, queries=None, **options):
@@ -214,7 +201,6 @@ class SAG:
         _check_side(self.side)
 
     def __call__(self, model, x, t, condition=None):
-        _check_time(t)
         if x.shape[-1] % self.side or x.shape[-2] != x.shape[-1]:
             raise ValueError(f"side={self.side} does not divide images of {x.shape[-2]} x {x.shape[-1]} "
                              "pixels into square tokens")
@@ -258,7 +244,6 @@ class AutoGuidance:
         check_number(w=self.w)
 
     def __call__(self, model, x, t, condition=None):
-        _check_time(t)
         times = torch.full((len(x),), float(t), dtype=torch.float32, device=x.device)
         v = model(x, times, condition)
         if self.w == 1:

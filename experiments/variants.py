@@ -9,7 +9,6 @@ All are used like erg.Guidance, whose settings they take. Importing this adds "v
 toy.sampling.METHODS.
 """
 import contextlib
-import math
 
 import torch
 
@@ -38,8 +37,10 @@ class Variant(erg.Guidance):
             raise ValueError(f"until={until!r} must exceed kappa={settings.kappa!r}, or I-ERG never acts")
         if until == 1 and renormalize == 0 and taus is None:
             raise ValueError("until=1, renormalize=0, taus=None change nothing: use erg.Guidance")
-        if taus is not None:
-            check_taus(taus, settings)
+        plain = (settings.alpha, settings.gamma, settings.K, settings.batched) == (1, 1, 1, True)
+        if taus is not None and not (taus and plain):
+            raise ValueError(f"taus={taus!r} must hold a layer, and goes with alpha = gamma = K = 1 and "
+                             "batched=True alone")
         self.until, self.renormalize, self.taus, self.v_pos = until, renormalize, taus, None
 
     def rectifies_at(self, t):
@@ -63,16 +64,6 @@ class Variant(erg.Guidance):
         dims = tuple(range(1, v.dim()))
         norm = lambda y: torch.linalg.vector_norm(y, dim=dims, keepdim=True)
         return v * (1 - self.renormalize + self.renormalize * norm(self.v_pos) / norm(v).clamp_min(1e-12))
-
-
-def check_taus(taus, settings):
-    """One clear error for temperatures by layer that would do nothing, or something else than they say."""
-    number = lambda tau: isinstance(tau, (int, float)) and not isinstance(tau, bool) and 0 <= tau < math.inf
-    if not isinstance(taus, dict) or not all(map(number, taus.values())) or set(taus.values()) <= {1}:
-        raise ValueError(f"taus={taus!r} must be a dict of layers and temperatures, each at least 0, "
-                         "and not all 1")
-    if (settings.alpha, settings.gamma, settings.K) != (1, 1, 1) or not settings.batched:
-        raise ValueError(f"taus={taus!r} cannot be combined with alpha, gamma, K or batched=False")
 
 
 def ramp(start, end):

@@ -1,12 +1,13 @@
 """experiments/rivals.py against models changed by hand, loops, and formulas in other parametrizations.
 
-The fixtures' model has 4 x 4 image tokens, the first of each sequence, and 6 caption tokens after them; its 6 blocks
-are layers 0 to 5. In float64, so that "equal" means to about 1e-12 unless it says bit for bit.
+The fixtures' model has 4 x 4 image tokens, the first of each sequence, and 6 caption tokens after them; its 6
+blocks are layers 0 to 5. In float64, so that "equal" means to about 1e-12 unless it says bit for bit.
 """
 import contextlib
 import copy
 import functools
 import math
+import re
 
 import pytest
 import torch
@@ -14,24 +15,22 @@ import torch.nn.functional as F
 from torch import nn
 
 import erg
-import train_toy
 from conftest import random_model
-from experiments import runs
-from experiments.rivals import (SAG, AutoGuidance, Rewired, SmoothedAttention, attention_received, evaluate_together,
+from experiments import rivals, variants  # noqa: F401  (variants adds its row to METHODS)
+from experiments.rivals import (SAG, AutoGuidance, Rewired, SmoothedAttention, attention_received,
                                 gaussian_blur, gaussian_kernel, identity_attention, interval, pag, seg)
 from tiny_dit import sample
+from toy.sampling import METHODS, generate, prepare
 
 IMAGE, PROMPTS = slice(0, 16), ["a red seven", "a blue two on red", "seven", ""]
 close = functools.partial(torch.testing.assert_close, rtol=0, atol=1e-11)
 
 
-# ------------------------------------------------------------------------------------------------
-# Independent references
-# ------------------------------------------------------------------------------------------------
+# ---- Independent references --------------------------------------------------------------------------------
 
 
 class ByHand(nn.Module):
-    """An attention module of TinyDiT that computes attend(q, k, v) and calls no scaled_dot_product_attention."""
+    """An attention module of TinyDiT that computes attend(q, k, v), without torch's function."""
 
     def __init__(self, original, attend):
         super().__init__()
@@ -54,6 +53,10 @@ def changed_by_hand(model, layers, attend):
     return changed
 
 
+def random_qkv(n):
+    return torch.randn(n, 2, 4, 22, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+
+
 def softmax_attention(q, k, v):
     return torch.softmax(q @ k.mT / math.sqrt(q.shape[-1]), dim=-1) @ v
 
@@ -68,7 +71,7 @@ def values_everywhere(q, k, v):
 
 
 def blur_by_loops(plane, sigma, length):
-    """Convolution of maps (..., side, side) with a two-dimensional Gaussian of length x length, reflected at the border."""
+    """Convolution of maps (..., side, side) with a Gaussian of length x length, reflected at the border."""
     side, half = plane.shape[-1], length // 2
     mirror = lambda i: abs(i) if abs(i) < side else 2 * (side - 1) - i
     offsets = [(a, b) for a in range(-half, half + 1) for b in range(-half, half + 1)]
@@ -95,7 +98,7 @@ def smoothed_queries(q, k, v, sigma):
 
 
 def image_attention(model, layer, x, t, condition):
-    """The attention map (B, H, 16, 16) among image tokens in a layer, from what enters its attention module."""
+    """The attention map (B, H, 16, 16) among image tokens in a layer, from what enters its attention."""
     seen, attention = [], model.blocks[layer].attention
     handle = attention.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
     model(x, t, condition)
@@ -114,22 +117,14 @@ def counted(*models):
         handle.remove()
 
 
-def all_differ(outputs, least=1e-6):
-    for i, a in enumerate(outputs):
-        for j, b in enumerate(outputs[:i]):
-            assert (a - b).abs().max() > least, (i, j)
-
-
-# ------------------------------------------------------------------------------------------------
-# What all have in common
-# ------------------------------------------------------------------------------------------------
+# ---- What all have in common -------------------------------------------------------------------------------
 
 
 RIVALS = ("pag", "seg", "sag", "autoguidance", "mechanism")
 weak_model = functools.cache(lambda: random_model(1))
 
 
-def rivals(w):
+def guidances(w):
     return {"pag": pag(w, [2, 3], IMAGE), "seg": seg(w, [2, 3], 4), "sag": SAG(w, layer=3, side=4),
             "autoguidance": AutoGuidance(w, weak_model()),
             "mechanism": Rewired(w, functools.partial(erg.energy_attention, tau=0.1), [2, 3], IMAGE)}
@@ -140,7 +135,7 @@ def test_w_one_is_the_model_bit_for_bit(model, inputs, name):
     """w = 1 is off: the model's own velocity, bit for bit, from one evaluation and none of a weak model."""
     x, t, condition = inputs
     with counted(model, weak_model()) as rows:
-        v = rivals(1.0)[name](model, x, 0.6, condition)
+        v = guidances(1.0)[name](model, x, 0.6, condition)
     assert torch.equal(v, model(x, t, condition)) and rows == [4]
 
 
@@ -148,7 +143,7 @@ def test_w_one_is_the_model_bit_for_bit(model, inputs, name):
 def test_the_weight_extrapolates_in_a_straight_line(model, inputs, name):
     """v(w) = w v_pos + (1 - w) v_weak: v_weak is v(0), and every other w follows from v(0) and v(1)."""
     x, t, condition = inputs
-    v = lambda w: rivals(w)[name](model, x, 0.6, condition)
+    v = lambda w: guidances(w)[name](model, x, 0.6, condition)
     weak, plain = v(0.0), model(x, t, condition)
     assert (weak - plain).abs().max() > 1e-3
     for w in (-1, 0.5, 1.0001, 2.0, 7):
@@ -159,54 +154,33 @@ def test_the_weight_extrapolates_in_a_straight_line(model, inputs, name):
 def test_a_sample_does_not_depend_on_its_batch(model, inputs, name):
     """The second of four samples comes out as it does alone."""
     x, _, condition = inputs
-    guidance = rivals(2.0)[name]
+    guidance = guidances(2.0)[name]
     close(guidance(model, x, 0.6, condition)[1:2], guidance(model, x[1:2], 0.6, condition[1:2]))
 
 
-@pytest.mark.parametrize("name", RIVALS)
-def test_the_model_is_left_as_it_was(model, inputs, name):
-    """After a guided step the model gives what it gave before, and carries no hooks."""
-    x, t, condition = inputs
-    before = model(x, t, condition)
-    rivals(2.0)[name](model, x, 0.6, condition)
-    assert torch.equal(model(x, t, condition), before)
-    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
-
-
-# ------------------------------------------------------------------------------------------------
-# PAG
-# ------------------------------------------------------------------------------------------------
+# ---- PAG ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("layers", [[2], [1, 4], range(6)])
 @pytest.mark.parametrize("queries, attend", [(IMAGE, values_at_image_tokens), (None, values_everywhere)])
 def test_pag_against_a_model_changed_by_hand(model, inputs, layers, queries, attend):
-    """PAG equals w v + (1 - w) v_weak, v_weak from a copy whose chosen layers put out v at the chosen tokens."""
+    """PAG equals w v + (1 - w) v_weak, v_weak from a copy with v as output at the chosen tokens."""
     x, t, condition = inputs
     weak = changed_by_hand(model, layers, attend)(x, t, condition)
     close(pag(2.5, layers, queries)(model, x, 0.6, condition), 2.5 * model(x, t, condition) - 1.5 * weak)
 
 
-def test_every_option_of_pag_bites(model, inputs):
-    """Weight, every single layer, the restriction to image tokens, and kappa each change the output."""
-    x, _, condition = inputs
-    choices = [pag(2.0, [n], IMAGE) for n in range(6)] + [pag(3.0, [2], IMAGE), pag(2.0, [2]), pag(2.0, [2], kappa=0.7),
-                                                         pag(2.0, [2], slice(0, 8))]
-    all_differ([guidance(model, x, 0.6, condition) for guidance in choices])
-
-
 @pytest.mark.parametrize("heads", [4, 2, 1])
 def test_identity_attention_is_attention_under_an_identity_mask(heads):
-    """The output is v: what SDPA gives when every query may see its own key alone, for grouped queries, too."""
+    """The output is v: what SDPA gives when every query sees its own key alone; also for groups."""
     q, k, v = torch.randn(3, 2, 4, 5, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     k, v = k[:, :heads], v[:, :heads]
-    masked = F.scaled_dot_product_attention(q, k, v, attn_mask=torch.eye(5, dtype=torch.bool), enable_gqa=True)
+    own = torch.eye(5, dtype=torch.bool)
+    masked = F.scaled_dot_product_attention(q, k, v, attn_mask=own, enable_gqa=True)
     close(identity_attention(q, k, v, enable_gqa=True), masked)
 
 
-# ------------------------------------------------------------------------------------------------
-# SEG
-# ------------------------------------------------------------------------------------------------
+# ---- SEG ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("side, sigma, length", [
@@ -220,36 +194,8 @@ def test_blur_against_loops(side, sigma, length):
     close(gaussian_blur(plane, sigma), blur_by_loops(plane, sigma, length))
 
 
-def test_kernel_length():
-    """It is ceil(6 sigma) + 1 - ceil(6 sigma) % 2, at most side for odd and side + 1 for even sides; always odd."""
-    for side in range(2, 33):
-        for sigma in (0.2, 0.4, 0.5, 0.9, 1.0, 1.3, 2.0, 2.5, 4.0, 9.0):
-            whole = math.ceil(6 * sigma)
-            length = len(gaussian_kernel(sigma, side))
-            assert length == min(whole + 1 - whole % 2, side - (side % 2 - 1)) and length % 2 == 1
-    assert [len(gaussian_kernel(9.0, side)) for side in (15, 16, 100)] == [15, 17, 55]
-
-
-@pytest.mark.parametrize("sigma", [0.2, 1.0, 3.0, 1e4])
-def test_kernel_is_a_normalized_gaussian(sigma):
-    """It sums to one, is symmetric, and its weights are in the ratios exp(-x^2 / (2 sigma^2))."""
-    kernel = gaussian_kernel(sigma, 16)
-    half = len(kernel) // 2
-    assert kernel.sum().item() == pytest.approx(1, abs=1e-14) and torch.equal(kernel, kernel.flip(0))
-    for distance in range(1, half + 1):
-        ratio = (kernel[half + distance] / kernel[half]).item()
-        assert ratio == pytest.approx(math.exp(-distance**2 / (2 * sigma**2)), rel=1e-12)
-
-
-@pytest.mark.parametrize("side", [2, 4, 7])
-def test_blur_keeps_constants_and_mixes_no_maps(side):
-    """Constant maps stay as they are, each with its own value, and the shape is kept."""
-    plane = torch.arange(6.).double().view(2, 3, 1, 1).expand(2, 3, side, side)
-    close(gaussian_blur(plane, 1.5), plane)
-
-
 def test_a_large_sigma_is_a_box_and_not_the_mean():
-    """The kernel cannot grow beyond the map, so sigma -> inf tends to a box blur, which keeps structure; inf is the mean."""
+    """The kernel is no larger than the map, so sigma -> inf tends to a box blur; inf itself is the mean."""
     plane = torch.randn(3, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     box = F.avg_pool2d(F.pad(plane, (2, 2, 2, 2), mode="reflect"), 5, stride=1)
     close(gaussian_blur(plane, 1e6), box)
@@ -260,7 +206,7 @@ def test_a_large_sigma_is_a_box_and_not_the_mean():
 
 
 def test_the_mean_query_still_attends():
-    """sigma = inf is attention of the mean query, the same for all image tokens; that of tau = 0 is uniform, another."""
+    """sigma = inf is attention of the mean query, the same for all image tokens; tau = 0 is another one."""
     q, k, v = torch.randn(3, 2, 4, 22, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     out = SmoothedAttention(math.inf, 4)(q, k, v)
     mean = softmax_attention(q[:, :, IMAGE].mean(2, keepdim=True), k, v)
@@ -271,7 +217,7 @@ def test_the_mean_query_still_attends():
 @pytest.mark.parametrize("sigma", [0.8, math.inf])
 def test_caption_queries_are_not_blurred(sigma):
     """Outputs at caption tokens are ordinary, and do not enter the image tokens' queries."""
-    q, k, v, other = torch.randn(4, 2, 4, 22, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    q, k, v, other = random_qkv(4)
     smooth, plain = SmoothedAttention(sigma, 4), softmax_attention(q, k, v)
     close(smooth(q, k, v)[:, :, 16:], plain[:, :, 16:])
     assert (smooth(q, k, v) - plain)[:, :, IMAGE].abs().max() > 1e-2
@@ -279,12 +225,20 @@ def test_caption_queries_are_not_blurred(sigma):
     close(smooth(exchanged, k, v)[:, :, IMAGE], smooth(q, k, v)[:, :, IMAGE])
 
 
-def test_equal_queries_are_not_changed_by_smoothing():
-    """Where all image queries agree, every sigma is ordinary attention."""
-    q, k, v = torch.randn(3, 2, 4, 22, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    q[:, :, IMAGE] = q[:, :, :1]
-    for sigma in (0.5, 2.0, math.inf):
-        close(SmoothedAttention(sigma, 4)(q, k, v), softmax_attention(q, k, v))
+@pytest.mark.parametrize("options", [
+    dict(attn_mask=torch.rand(2, 1, 22, 22, generator=torch.Generator().manual_seed(0)) > 0.5),
+    dict(is_causal=True), dict(scale=1.3), dict(enable_gqa=True)], ids=lambda options: next(iter(options)))
+def test_smoothing_keeps_the_options_of_the_call(options):
+    """Masks, causality, scale and grouped queries act on smoothed queries as on others; none is dropped."""
+    q, k, v = random_qkv(3)
+    if "enable_gqa" in options:
+        k, v = k[:, :2], v[:, :2]
+    smooth = torch.cat([q[:, :, IMAGE].mean(2, keepdim=True).expand(2, 4, 16, 8), q[:, :, 16:]], dim=2)
+    keys, values = (y.repeat_interleave(4 // y.shape[1], 1) for y in (k, v))
+    scores = options.get("scale", 8**-0.5) * smooth @ keys.mT
+    causal = torch.ones(22, 22, dtype=torch.bool).tril() if "is_causal" in options else torch.tensor(True)
+    scores = scores.masked_fill(~(options.get("attn_mask", torch.tensor(True)) & causal), -math.inf)
+    close(SmoothedAttention(math.inf, 4)(q, k, v, **options), scores.softmax(-1) @ values)
 
 
 @pytest.mark.parametrize("layers", [[2], [1, 4], range(6)])
@@ -299,32 +253,23 @@ def test_seg_against_a_model_changed_by_hand(model, inputs, layers, sigma):
 @pytest.mark.parametrize("w", [1.0, 2.5])
 @pytest.mark.parametrize("name", ["seg", "pag"])
 def test_with_cfg_it_is_the_sum_of_both(model, inputs, name, w):
-    """v_c + (cfg - 1) (v_c - v_null) + (w - 1) (v_c - v_weak), by three separate forwards; w = 1 is CFG alone."""
+    """v_c + (cfg - 1) (v_c - v_null) + (w - 1) (v_c - v_weak), by three forwards; CFG alone up to kappa."""
     x, t, condition = inputs
     null = model.encode([""])
     attend = functools.partial(smoothed_queries, sigma=2.0) if name == "seg" else values_at_image_tokens
     v, v_null = model(x, t, condition), model(x, t, null.expand(4, -1, -1))
     v_weak = changed_by_hand(model, [2, 3], attend)(x, t, condition)
-    make = functools.partial(seg, w, [2, 3], 4, 2.0) if name == "seg" else functools.partial(pag, w, [2, 3], IMAGE)
+    make = functools.partial(*{"seg": (seg, w, [2, 3], 4, 2.0), "pag": (pag, w, [2, 3], IMAGE)}[name])
     expected = v + 3 * (v - v_null) + (w - 1) * (v - v_weak)
-    close(make(cfg=4.0, null=null)(model, x, 0.6, condition), expected)
-    close(make(cfg=4.0, null=null.expand(4, -1, -1))(model, x, 0.6, condition), expected)  # one row serves all
+    for one_or_all in (null, null.expand(4, -1, -1)):
+        close(make(cfg=4.0, null=one_or_all)(model, x, 0.6, condition), expected)
+    late = make(cfg=4.0, null=null, kappa=0.6)
+    close(late(model, x, 0.6, condition), v + 3 * (v - v_null))
+    after = make(cfg=4.0, null=null)(model, x, 0.61, condition)
+    assert torch.equal(late(model, x, 0.61, condition), after)
 
 
-def test_every_option_of_seg_bites(model, inputs):
-    """Weight, layers, sigma, kappa, cfg and the null condition each change the output."""
-    x, _, condition = inputs
-    null, other = model.encode([""]), model.encode(["blue"])
-    make = functools.partial(seg, side=4)
-    choices = [make(2.0, [2]), make(3.0, [2]), make(2.0, [3]), make(2.0, [2], sigma=1.0), make(2.0, [2], sigma=0.5),
-               make(2.0, [2], kappa=0.7), make(2.0, [2], cfg=2.0, null=null), make(2.0, [2], cfg=2.0, null=other),
-               make(2.0, [2], cfg=3.0, null=null), make(2.0, [2], negative=other), seg(2.0, [2], side=3)]
-    all_differ([guidance(model, x, 0.6, condition) for guidance in choices])
-
-
-# ------------------------------------------------------------------------------------------------
-# Rewired: Table 6
-# ------------------------------------------------------------------------------------------------
+# ---- Rewired: Table 6 --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("negative", ["same", "null"])
@@ -333,14 +278,14 @@ def test_rewired_with_a_temperature_is_i_erg(model, inputs, negative, t):
     """energy_attention through Rewired is erg.Guidance under the same layers, queries, kappa and negative."""
     x, _, condition = inputs
     null = model.encode([""]) if negative == "null" else None
-    settings = erg.ERG(w=2.5, tau=0.05, layers=[2, 3], queries=IMAGE, kappa=0.3, negative=negative)
+    settings = erg.ERG(w=2.5, tau_i=0.05, layers=[2, 3], queries=IMAGE, kappa=0.3, negative=negative)
     attention = functools.partial(erg.energy_attention, tau=0.05)
     guidance = Rewired(2.5, attention, [2, 3], IMAGE, kappa=0.3, negative=null)
     close(guidance(model, x, t, condition), erg.Guidance(settings, null)(model, x, t, condition))
 
 
 def test_kappa_is_strict(model, inputs):
-    """Attention is replaced for t > kappa and not at t = kappa, also when t comes in single precision; -1 is all t."""
+    """Attention is replaced for t > kappa, not at t = kappa, also in single precision; -1 is all t."""
     x, _, condition = inputs
     plain = lambda t: model(x, t, condition)
     guidance = pag(2.0, [2], IMAGE, kappa=0.3)
@@ -363,7 +308,7 @@ def test_the_negative_condition_is_the_weak_predictions(model, inputs):
 
 
 def test_rewired_evaluates_no_more_than_it_needs(model, inputs):
-    """Rows of one forward: 1 a sample where nothing differs, and one more for each of weak prediction and CFG."""
+    """Rows of one forward: 1 a sample, and one more for each of weak prediction and CFG where they act."""
     x, _, condition = inputs
     null, negative = model.encode([""]), model.encode(["blue"])
     cases = [  # options, rows a sample before kappa, and after it
@@ -378,56 +323,21 @@ def test_rewired_evaluates_no_more_than_it_needs(model, inputs):
         assert rows == [4 * before, 4 * after], options
 
 
-def test_conditions_may_be_nested_or_missing(model, inputs):
-    """Nested conditions are stacked leaf by leaf, what is no tensor is passed on, and None is an unconditional model."""
-    class Wrapped(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.model, self.empty = model, model.encode([""])
-
-        def forward(self, x, t, condition):
-            if condition is None:
-                return self.model(x, t, self.empty.expand(len(x), -1, -1))
-            assert condition["flag"] == "kept"
-            return self.model(x, t, condition["pair"][0] + condition["pair"][1])
-
-    x, _, condition = inputs
-    null, wrapped = model.encode([""]), Wrapped().eval()
-    nested = lambda c: {"pair": (0.25 * c, 0.75 * c), "flag": "kept"}
-    expected = pag(2.0, [2], IMAGE, cfg=3.0, null=null)(model, x, 0.6, condition)
-    close(pag(2.0, [2], IMAGE, cfg=3.0, null=nested(null))(wrapped, x, 0.6, nested(condition)), expected)
-    empty = null.expand(4, -1, -1)
-    for guidance in (pag(2.0, [2], IMAGE), seg(2.0, [2], 4), SAG(2.0, 2, 4)):
-        close(guidance(wrapped, x, 0.6), guidance(model, x, 0.6, empty))
-
-
-def test_evaluate_together_is_one_forward_a_condition(model, inputs):
-    """A joint batch gives what separate forwards do, in their order."""
-    x, t, condition = inputs
-    conditions = [condition, model.encode([""]), model.encode(["blue", "a two", "", "red"])]
-    with counted(model) as rows:
-        together = evaluate_together(model, x, 0.6, conditions)
-    assert rows == [12] and len(together) == 3
-    for v, c in zip(together, conditions):
-        close(v, model(x, t, c.expand(4, -1, -1)))
-
-
-# ------------------------------------------------------------------------------------------------
-# SAG
-# ------------------------------------------------------------------------------------------------
+# ---- SAG ---------------------------------------------------------------------------------------------------
 
 
 def mask_by_hand(model, layer, threshold, x, t, condition):
-    """SAG's mask in pixels, (B, 1, 8, 8): tokens of 2 x 2 pixels that get more attention than the threshold."""
+    """SAG's mask in pixels, (B, 1, 8, 8): tokens of 2 x 2 pixels above the threshold."""
     received = image_attention(model, layer, x, t, condition).mean(1).sum(1)  # (B, 16)
     mask = (received > threshold).double().view(-1, 1, 4, 4)
     return mask.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)
 
 
 @pytest.mark.parametrize("t", [0.2, 0.6, 0.95])
-@pytest.mark.parametrize("layer, sigma, threshold, length", [(3, 1.0, 1.0, 7), (1, 0.5, 1.1, 3), (5, 4.0, 0.9, 9)])
+@pytest.mark.parametrize("layer, sigma, threshold, length", [
+    (3, 1.0, 1.0, 7), (1, 0.5, 1.1, 3), (5, 4.0, 0.9, 9)])
 def test_sag_against_its_definition_in_noise_space(model, inputs, t, layer, sigma, threshold, length):
-    """Blur the predicted image, noise it with the predicted noise, guide noise predictions as eps~ + w (eps - eps~)."""
+    """Blur the predicted image, noise it with the predicted noise, guide as eps~ + w (eps - eps~)."""
     x, _, condition = inputs
     w, noise = 1.7, lambda y: y - t * model(y, t, condition)
     eps = noise(x)
@@ -440,43 +350,6 @@ def test_sag_against_its_definition_in_noise_space(model, inputs, t, layer, sigm
     v = SAG(w, layer, 4, sigma, threshold)(model, x, t, condition)
     torch.testing.assert_close(v, (x - guided) / t, rtol=0, atol=1e-10)
     assert (v - model(x, t, condition)).abs().max() > 1e-3
-
-
-def test_sag_at_t_zero_has_a_closed_form(model, inputs):
-    """At t = 0, where the blurred image leaves x as it is, v = v_pos + (1 - w) mask (image - blurred image)."""
-    x, _, condition = inputs
-    v = model(x, 0.0, condition)
-    lost = mask_by_hand(model, 3, 1.0, x, 0.0, condition) * (x + v - blur_by_loops(x + v, 1.0, 7))
-    close(SAG(1.7, 3, 4)(model, x, 0.0, condition), v - 0.7 * lost)
-    torch.testing.assert_close(SAG(1.7, 3, 4)(model, x, 1e-9, condition), v - 0.7 * lost, rtol=0, atol=1e-5)
-
-
-def test_sag_that_blurs_nothing_is_off(model, inputs):
-    """Above every token's attention the threshold leaves x as it is: v_weak is v bit for bit, and every w gives v."""
-    x, t, condition = inputs
-    v = model(x, t, condition)
-    assert torch.equal(SAG(0.0, 3, 4, threshold=1e9)(model, x, 0.6, condition), v)
-    for w in (-2.0, 0.5, 5.0):
-        close(SAG(w, 3, 4, threshold=1e9)(model, x, 0.6, condition), v)
-
-
-def test_sag_of_smooth_images_is_off(inputs):
-    """A model that predicts a constant image has nothing to lose by the blur, whatever its attention."""
-    class Constant(nn.Module):
-        def forward(self, x, t, condition):
-            h = x.flatten(2)[:, :, :16].transpose(1, 2)[:, None]
-            return (0.5 - x) / (1 - t.view(-1, 1, 1, 1).double()) + 0 * F.scaled_dot_product_attention(h, h, h).sum()
-
-    x = inputs[0]
-    close(SAG(3.0, 0, 4)(Constant().eval(), x, 0.5), Constant()(x, torch.full((4,), 0.5), None))
-
-
-def test_every_option_of_sag_bites(model, inputs):
-    """Weight, layer, sigma and threshold each change the output."""
-    x, _, condition = inputs
-    choices = [SAG(2.0, 3, 4), SAG(3.0, 3, 4), SAG(2.0, 2, 4), SAG(2.0, 5, 4), SAG(2.0, 3, 4, sigma=0.5),
-               SAG(2.0, 3, 4, sigma=2.0), SAG(2.0, 3, 4, threshold=1e-9), SAG(2.0, 3, 4, threshold=1.2), SAG(2.0, 3, 2)]
-    all_differ([guidance(model, x, 0.6, condition) for guidance in choices])
 
 
 def test_attention_received_against_loops():
@@ -494,25 +367,7 @@ def test_attention_received_against_loops():
     assert (attention_received(q, k, n, scale=1.0) - attention_received(q, k, n)).abs().max() > 1e-2
 
 
-def test_attention_received_at_its_extremes():
-    """1 for each token under zero queries; all of it, n, for the token that every query is made to prefer."""
-    k = torch.randn(2, 3, 7, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    close(attention_received(torch.zeros_like(k), k, 5), torch.ones(2, 5, dtype=torch.float64))
-    q = 1e4 * k[:, :, 2:3].expand(2, 3, 7, 4)
-    k[:, :, :5] = k[:, :, :5] / k[:, :, :5].norm(dim=-1, keepdim=True)
-    close(attention_received(q, k, 5), torch.tensor([0., 0, 5, 0, 0]).double().expand(2, 5))
-
-
-# ------------------------------------------------------------------------------------------------
-# AutoGuidance, interval, APG
-# ------------------------------------------------------------------------------------------------
-
-
-def test_autoguidance_by_the_model_itself_is_off(model, inputs):
-    """A weak model that equals the strong one gives v for every w."""
-    x, t, condition = inputs
-    for w in (-1.0, 0.0, 3.0):
-        close(AutoGuidance(w, model)(model, x, 0.6, condition), model(x, t, condition))
+# ---- AutoGuidance, interval, APG ---------------------------------------------------------------------------
 
 
 def test_autoguidance_is_eq_10_between_two_models(model, inputs):
@@ -523,16 +378,15 @@ def test_autoguidance_is_eq_10_between_two_models(model, inputs):
     shared, separate = AutoGuidance(2.5, weak), AutoGuidance(2.5, weak, own)
     close(shared(model, x, 0.6, condition), 2.5 * model(x, t, condition) - 1.5 * weak(x, t, condition))
     close(separate(model, x, 0.6, condition), 2.5 * model(x, t, condition) - 1.5 * weak(x, t, own))
-    other = AutoGuidance(2.5, random_model(2), own)
-    all_differ([guidance(model, x, 0.6, condition) for guidance in (shared, separate, other)])
 
 
 def test_interval_is_cfg_inside_and_nothing_outside(model, inputs):
-    """For low <= t < high it is CFG bit for bit; elsewhere the model's own velocity, at no second evaluation."""
+    """For low <= t < high it is CFG bit for bit; elsewhere the model's own velocity, for one evaluation."""
     x, _, condition = inputs
     null = model.encode([""])
     limited, cfg = erg.Guidance(erg.ERG(w=interval(2.5, 0.3, 0.7)), null), erg.Guidance(erg.ERG(w=2.5), null)
-    for t, inside in ((0.0, False), (0.299, False), (0.3, True), (0.5, True), (0.699, True), (0.7, False), (0.99, False)):
+    for t in (0.0, 0.299, 0.3, 0.5, 0.699, 0.7, 0.99):
+        inside = 0.3 <= t < 0.7
         with counted(model) as rows:
             v = limited(model, x, t, condition)
         assert torch.equal(v, (cfg if inside else lambda model, *a: model(*a))(model, x, t, condition))
@@ -542,117 +396,90 @@ def test_interval_is_cfg_inside_and_nothing_outside(model, inputs):
     assert rows == [4] * 3 + [8] * 4 + [4] * 3
 
 
-def test_every_option_of_the_interval_bites():
-    """Both ends and the weight count; from 0 to 1 it is the weight at all t."""
-    at = lambda *a: [interval(*a)(i / 10) for i in range(10)]
-    assert at(2.0, 0, 1) == [2.0] * 10
-    assert at(2.0, 0.2, 1) == [1.0] * 2 + [2.0] * 8
-    assert at(2.0, 0, 0.8) == [2.0] * 8 + [1.0] * 2
-    assert at(3.0, 0.2, 0.8) == [1.0] * 2 + [3.0] * 6 + [1.0] * 2
-
-
 @pytest.mark.parametrize("momentum", [0.0, -0.5, 0.3])
 @pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
 def test_apg_agrees_with_diffusers(momentum, eta):
-    """Over four steps, w here is a guidance scale of w - 1 in diffusers' original formulation, with and without a limit."""
-    peer = pytest.importorskip("diffusers.guiders.adaptive_projected_guidance", reason="the reference is diffusers'")
+    """Over four steps, w is a scale of w - 1 in diffusers' original formulation, with and without a limit."""
+    peer = pytest.importorskip("diffusers.guiders.adaptive_projected_guidance", reason="the peer")
     for threshold in (0.0, 4.0, 1e3):
         apg = erg.APG(momentum=momentum, eta=eta, norm_threshold=threshold)
         generator, running, buffer = torch.Generator().manual_seed(0), 0.0, peer.MomentumBuffer(momentum)
         for _ in range(4):
             p, n = torch.randn(2, 3, 2, 4, 4, generator=generator, dtype=torch.float64)
             x1, running = apg.update(p, n, 3.5, running)
-            theirs = peer.normalized_guidance(p, n, 2.5, buffer, eta, threshold, use_original_formulation=True)
+            theirs = peer.normalized_guidance(p, n, 2.5, buffer, eta, threshold, True)
             close(x1, theirs)
 
 
-# ------------------------------------------------------------------------------------------------
-# Function evaluations
-# ------------------------------------------------------------------------------------------------
+# ---- Function evaluations ----------------------------------------------------------------------------------
 
+ENERGY = dict(w=2.0, tau_i=0.1, layers=[2])
 FULL_COST = {  # for each method, parameters that make it pay at every step
-    "none": {}, "cfg": dict(w=2.0), "interval": dict(w=2.0, low=0.0, high=1.0), "apg": dict(w=2.0, norm_threshold=5.0),
-    "cads": dict(w=2.0, tau1=0.6, tau2=0.9, scale=0.25), "pag": dict(w=2.0, layers=[2]),
-    "sag": dict(w=2.0, layer=2, sigma=1.0), "seg": dict(w=2.0, layers=[2], sigma="inf", cfg=2.0),
-    "autoguidance": dict(w=2.0), "erg": dict(w=2.0, tau=0.1, layers=[2], kappa=0.2, tau_c=0.1),
-    "erg+apg": dict(w=2.0, tau=0.1, layers=[2], negative="null", norm_threshold=5.0),
-    "erg+cads": dict(w=2.0, tau=0.1, layers=[2], tau_c=0.1, tau1=0.6, tau2=0.9, scale=0.25),
+    "none": {}, "cfg": dict(w=2.0), "interval": dict(w=2.0, low=0.0, high=1.0), "apg": dict(w=2.0),
+    "cads": dict(w=2.0), "pag": dict(w=2.0, layers=[2]), "sag": dict(w=2.0, layer=2, sigma=1.0),
+    "seg": dict(w=2.0, layers=[2], sigma="inf", cfg=2.0), "autoguidance": dict(w=2.0, weak="digits-early"),
+    "c-erg": dict(w=2.0, tau_c=0.1), "i-erg": ENERGY, "erg": dict(ENERGY, kappa=0.2, tau_c=0.1),
+    "erg+apg": dict(ENERGY, negative="null"), "erg+cads": dict(ENERGY, tau_c=0.1),
     "mechanism": dict(w=2.0, mechanism="identity", layers=[2], kappa=0.2, negative="null"),
-    "variant": dict(w=2.0, tau=0.1, layers=[2], tau_c=0.1, renormalize=0.5),
+    "variant": dict(ENERGY, tau_c=0.1, renormalize=0.5),
 }
 OTHER_COST = [  # evaluations a step and image at t = 0, 0.1, ..., 0.9
-    ("cfg", dict(w=1.0), 1), ("interval", dict(w=2.0, low=0.3, high=0.7), 1.4), ("seg", dict(w=2.0, layers=[2]), 2),
-    ("seg", dict(w=1.0, layers=[2], cfg=2.0), 2), ("sag", dict(w=1.0, layer=2), 1), ("autoguidance", dict(w=1.0), 1),
-    ("erg", dict(w=2.0, tau=0.1, layers=[2], kappa=0.4, negative="same"), 1.5),
-    ("erg", dict(w=2.0, tau=0.1, layers=[2], kappa=1.0, negative="same"), 1),
+    ("cfg", dict(w=1.0), 1), ("interval", dict(w=2.0, low=0.3, high=0.7), 1.4),
+    ("seg", dict(w=2.0, layers=[2]), 2), ("seg", dict(w=1.0, layers=[2], cfg=2.0), 2),
+    ("sag", dict(w=1.0, layer=2), 1), ("autoguidance", dict(w=1.0, weak="digits-early"), 1),
+    ("i-erg", dict(ENERGY, kappa=0.4, negative="same"), 1.5),
+    ("i-erg", dict(ENERGY, kappa=1.0, negative="same"), 1),
     ("mechanism", dict(w=2.0, mechanism="smoothing", layers=[2], kappa=0.4, negative="same"), 1.5),
-    ("variant", dict(w=2.0, tau=0.1, layers=[2], kappa=0.2, negative="same", until=0.6), 1.3),
+    ("variant", dict(ENERGY, kappa=0.2, negative="same", until=0.6), 1.3),
 ]
 
 
 @pytest.mark.parametrize("method, parameters, expected", [
-    *((name, parameters, runs.METHODS[name].nfe) for name, parameters in FULL_COST.items()), *OTHER_COST,
-])
+    *((name, FULL_COST.get(name), METHODS[name].nfe) for name in METHODS), *OTHER_COST])
 def test_function_evaluations_a_step_and_image(method, parameters, expected):
-    """Rows that all models evaluate, over images and steps, are those of METHODS, and fewer where something is off."""
-    model, weak = (random_model(seed, width=16, depth=3, text_depth=1).float() for seed in (0, 1))
-    settings = runs.build(method, parameters, weak)
+    """Rows that all models evaluate, over images and steps, are those of METHODS, fewer where it is off."""
+    model = random_model(0, width=16, depth=3, text_depth=1).float()
+    weak = rivals.weak_model("digits-early", torch.device("cpu"))
     with counted(model, weak) as rows:
-        images = train_toy.generate(model, ["a red seven", "seven", ""], settings, steps=10, batch=2)
+        captions = ["a red seven", "seven", ""]
+        images = generate(model, captions, prepare(method, **parameters), steps=10, batch=2)
     assert sum(rows) == round(expected * 3 * 10) and images.isfinite().all()
 
 
-def test_every_method_has_its_evaluations_tested():
-    """The table above holds all of METHODS."""
-    assert set(FULL_COST) == set(runs.METHODS)
-
-
-# ------------------------------------------------------------------------------------------------
-# Bad input
-# ------------------------------------------------------------------------------------------------
+# ---- Bad input ---------------------------------------------------------------------------------------------
 
 NAN, q22 = float("nan"), torch.zeros(1, 1, 22, 4)
 
 
 @pytest.mark.parametrize("call, message", [
-    (lambda: pag(NAN, [2]), "w=nan"), (lambda: pag(math.inf, [2]), "w=inf"), (lambda: pag(True, [2]), "w=True"),
-    (lambda: seg("2", [2], 4), "w='2'"), (lambda: seg(2.0, [2], 4, cfg=NAN, null=0), "cfg=nan"),
-    (lambda: seg(2.0, [2], 4, cfg=True), "cfg=True"), (lambda: seg(2.0, [2], 4, cfg=2.0), "cfg=2.0 and null go together"),
+    (lambda: pag(NAN, [2]), "w=nan"), (lambda: pag(True, [2]), "w=True"), (lambda: seg("2", [2], 4), "w='2'"),
+    (lambda: seg(2.0, [2], 4, cfg=NAN, null=0), "cfg=nan"), (lambda: SAG(NAN, 3, 4), "w=nan"),
+    (lambda: seg(2.0, [2], 4, cfg=2.0), "cfg=2.0 and null go together"),
     (lambda: seg(2.0, [2], 4, null=q22), "cfg=1.0 and null go together"),
-    (lambda: seg(2.0, [2], 4, 0.0), "sigma=0.0"), (lambda: seg(2.0, [2], 4, -1.0), "sigma=-1.0"),
-    (lambda: seg(2.0, [2], 4, NAN), "sigma=nan"), (lambda: seg(2.0, [2], 1), "side=1"),
-    (lambda: seg(2.0, [2], 4.0), "side=4.0"),
+    (lambda: seg(2.0, [2], 4, 0.0), "sigma=0.0"), (lambda: seg(2.0, [2], 4, NAN), "sigma=nan"),
+    (lambda: seg(2.0, [2], 4, 0.1), "sigma=0.1 has no effect"), (lambda: seg(2.0, [2], 1), "side=1"),
     (lambda: SmoothedAttention(1.0, 5)(q22, q22, q22), "side=5 needs 25 image queries; there are 22"),
     (lambda: identity_attention(q22, q22[:, :, :6], q22[:, :, :6]), "not 22 and 6"),
-    (lambda: SAG(2.0, 3, 4, sigma=0.0), "sigma=0.0"), (lambda: SAG(2.0, 3, 4, sigma=math.inf), "sigma=inf"),
-    (lambda: SAG(2.0, 3, 4, sigma=NAN), "sigma=nan"), (lambda: SAG(2.0, 3, 4, threshold=-1.0), "threshold=-1.0"),
-    (lambda: SAG(2.0, 3, 4, threshold=NAN), "threshold=nan"),
-    (lambda: interval(2.0, -0.1, 0.5), "low=-0.1, high=0.5"), (lambda: interval(2.0, 0.5, 0.5), "low=0.5, high=0.5"),
-    (lambda: seg(2.0, [2], 4, 0.1), "sigma=0.1 has no effect"), (lambda: SAG(NAN, 3, 4), "w=nan"), (lambda: SAG(2.0, 3, 0), "side=0"),
-    (lambda: AutoGuidance(NAN, None), "w=nan"), (lambda: interval(NAN, 0.0, 1.0), "w=nan"),
-    (lambda: pag(2.0, [2], kappa=NAN), "kappa=nan"), (lambda: pag(2.0, [2], kappa=1.5), "kappa=1.5"),
-    (lambda: pag(2.0, [2])(None, q22, 5.0), "t=5.0"), (lambda: SAG(2.0, 3, 4)(None, q22, -1.0), "t=-1.0"),
-    (lambda: AutoGuidance(2.0, None)(None, q22, 2.0), "t=2.0"), (lambda: gaussian_blur(torch.zeros(1, 4, 8), 1.0), "(4, 8)"),
+    (lambda: SAG(2.0, 3, 4, 0.0), "sigma=0.0"), (lambda: SAG(2.0, 3, 4, threshold=NAN), "threshold=nan"),
     (lambda: SAG(2.0, 3, 3)(None, torch.zeros(1, 3, 8, 8), 0.5), "side=3 does not divide"),
     (lambda: attention_received(q22, q22, 25), "side=5 needs 25 image tokens; there are 22"),
-    (lambda: interval(2.0, 0.5, 1.1), "low=0.5, high=1.1"), (lambda: interval(2.0, NAN, 1.0), "low=nan"),
+    (lambda: gaussian_blur(torch.zeros(1, 4, 8), 1.0), "(4, 8)"), (lambda: AutoGuidance(NAN, None), "w=nan"),
+    (lambda: interval(2.0, 0.5, 0.5), "low=0.5, high=0.5"), (lambda: interval(NAN, 0.0, 1.0), "w=nan"),
+    (lambda: pag(2.0, [2], kappa=NAN), "kappa=nan"), (lambda: interval(2.0, NAN, 1.0), "low=nan"),
 ])
 def test_bad_arguments_are_named(call, message):
     """Values out of range, and options that would do nothing, are errors that name argument and value."""
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(ValueError, match=re.escape(message)):
         call()
-    assert message in str(error.value)
 
 
 @pytest.mark.parametrize("guidance, error, message", [
-    (pag(2.0, [6]), RuntimeError, "layers=[6]"), (pag(2.0, []), ValueError, "layers=[]"),
-    (pag(2.0, [-1]), ValueError, "layers=[-1]"), (pag(2.0, [2], slice(0, 23)), ValueError, "queries=slice(0, 23"),
-    (seg(2.0, [6], 4), RuntimeError, "layers=[6]"), (seg(2.0, [2], 5), ValueError, "side=5"),
-    (SAG(2.0, 6, 4), RuntimeError, "layers=[6]"), (SAG(2.0, -1, 4), ValueError, "layers=[-1]"),
+    (pag(2.0, [6]), RuntimeError, "layer 6"), (pag(2.0, []), ValueError, "layers=[]"),
+    (pag(2.0, [2], slice(0, 23)), ValueError, "queries=slice"), (SAG(2.0, 6, 4), RuntimeError, "layer 6"),
+    (seg(2.0, [2], 5), ValueError, "side=5"), (SAG(2.0, -1, 4), ValueError, "layers=[-1]"),
 ])
 def test_layers_and_tokens_beyond_the_model_are_named(model, inputs, guidance, error, message):
     """What only the model can tell is an error of the first guided step."""
     x, _, condition = inputs
-    with pytest.raises(error) as caught:
+    with pytest.raises(error, match=re.escape(message)):
         guidance(model, x, 0.6, condition)
-    assert message in str(caught.value)

@@ -38,7 +38,7 @@ def test_every_mechanism_changes_the_picture(checkpoint, tmp_path):
     changes = [dict(), dict(w=3.0), dict(tau_i=0.5), dict(tau_c=0.5), dict(alpha=0.8), dict(gamma=1.5),
                dict(tau_i=0.5, K=2), dict(kappa=0.6), dict(layers=range(4, 6)), dict(seed=1),
                dict(method="i-erg", negative="same"),
-               *(dict(method=name) for name in METHODS if name != "erg")]
+               *(dict(method=name) for name in ("apg", "cads", *sample_toy.COMPARED) if name != "erg")]
     results = [draw(checkpoint, tmp_path, **change) for change in changes]
     for i, a in enumerate(results):
         assert torch.equal(a, draw(checkpoint, tmp_path, **changes[i]))
@@ -99,13 +99,43 @@ def test_the_sample_does_not_depend_on_the_batch(checkpoint):
     torch.testing.assert_close(together, apart, rtol=0, atol=1e-4)
 
 
-def test_cads_anneals_the_positive_alone(checkpoint):
-    """CADS is noise early on and the condition itself later; a negative "same" is never annealed."""
-    y, cads = torch.randn(3, 4, 5), CADS()
-    assert torch.equal(cads.anneal(y, 0.5), y) and not torch.allclose(cads.anneal(y, 0.2), y)
-    noise = cads.anneal(y, 0.0)
-    torch.testing.assert_close(noise.std((1, 2)), y.std((1, 2)))
-    assert not torch.allclose(noise, y, atol=0.1)
+def test_cads_schedule_moments_and_defaults():
+    """By default nothing below 1 - t = 0.6, only noise above 0.9, linear between, on a scale of 0.25. Mean
+    and deviation are each sample's own."""
+    y, seed = 3 + 2 * torch.randn(4, 50, 20, dtype=torch.float64), lambda: torch.Generator().manual_seed(0)
+    assert CADS().anneal(y, 0.4) is y and CADS().anneal(y, 0.9) is y
+    early, middle = (CADS().anneal(y, t, seed()) for t in (0.05, 0.25))
+    for noisy in (early, middle):
+        for stat in (torch.mean, torch.std):
+            torch.testing.assert_close(stat(noisy, dim=(1, 2)), stat(y, dim=(1, 2)))
+    assert abs(torch.corrcoef(torch.stack([early.flatten(), y.flatten()]))[0, 1]) < 0.1
+    noise = torch.randn(y.shape, generator=seed()).double()
+    expected = 0.5**0.5 * y + 0.25 * 0.5**0.5 * noise  # halfway between 0.6 and 0.9
+    torch.testing.assert_close(CADS(psi=0.0).anneal(y, 0.25, seed()), expected)
+
+
+@pytest.mark.parametrize("wrong", [dict(tau1=0.9, tau2=0.6), dict(scale=0.0), dict(psi=2.0), dict(tau1=-0.1)])
+def test_cads_validates_itself(wrong):
+    """Numbers out of range are named."""
+    name, value = next(iter(wrong.items()))
+    with pytest.raises(ValueError, match=f"{name}={value}"):
+        CADS(**wrong)
+
+
+def test_cads_touches_the_positive_alone(checkpoint):
+    """w times the velocity under the noisy condition, less that under the clean null prompt."""
+    model, *_ = load_checkpoint(checkpoint)
+    tokens, x = torch.tensor([[1, 2, 3, 0, 0, 0]]), torch.randn(1, 3, 8, 8)
+    condition, guidance = prepare("cads", w=3.0)(model, tokens, 0 * tokens, seed=7)
+    with torch.no_grad():
+        v = guidance(model, x, 0.2, condition)
+        noisy = CADS().anneal(condition, 0.2, torch.Generator().manual_seed(1_000_000_007 + 7))
+        expected = 3 * model(x, 0.2, noisy) - 2 * model(x, 0.2, model.encoder(0 * tokens))
+    torch.testing.assert_close(v, expected, rtol=0, atol=1e-4)
+
+
+def test_cads_never_anneals_a_negative_that_is_the_same(checkpoint):
+    """With negative="same" the negative has the prompt as it is written."""
     model, *_ = load_checkpoint(checkpoint)
     tokens = torch.tensor([[1, 2, 3, 0, 0, 0]])
     parameters = dict(w=2.0, tau_i=0.1, layers=range(1, 3), negative="same")
