@@ -30,7 +30,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-REPOSITORY, COMMIT = "", "051a9c0e96a016cf7938640b8a3170148823bec8"
+REPOSITORY, COMMIT = "", "29b4946f639a2f6934dbbc7a44edf232099aa704"
 PLACES = (Path.cwd(), *Path.cwd().parents, Path("erg-guidance").resolve())
 ROOT = next((path for path in PLACES if (path / "notebooks/drawing.py").is_file()), None)
 if ROOT is None:

@@ -83,7 +83,8 @@ def frame(empty, corners, images, t, kappa):
     x, switch = (left + s * (right - left) for s in (t, kappa))
     bar = Image.new("RGB", (4 * picture.width, 4 * 16), "white")  # four times too large, for smooth edges
     lines = ImageDraw.Draw(bar)
-    parts = (left, right, PALE), (left, min(x, switch), METHODS["c-erg"].colour), (switch, x, METHODS["erg"].colour)
+    first, then = METHODS["c-erg"].colour, METHODS["erg"].colour
+    parts = (left, right, PALE), (left, min(x, switch), first), (switch, x, then)
     for start, end, colour in parts:
         if end > start:
             lines.rectangle((4 * start, 27, 4 * end, 36), colour)
