@@ -397,10 +397,10 @@ def rectify(model=None, *, tau=None, alpha=1.0, gamma=1.0, K=1, layers=None, row
         argument of the model, and of its output.
 
     Contexts nest; the one opened last is applied first. Other threads see ordinary attention. The model and
-    torch are left as they were, also after an exception. It is for inference: activation checkpointing repeats
-    a forward outside of the context. After torch.compile, give what it returned: plain and rectified
-    forwards have a graph each. Another float tau or other layers compile again; a 0-dimensional tensor tau does
-    not. A reference to F.scaled_dot_product_attention in a closure or a default argument is out of reach.
+    torch are left as they were, also after an exception. It is for inference: activation checkpointing
+    repeats a forward outside of the context. After torch.compile, give what it returned. Plain and rectified
+    forwards have a graph each; another float tau or other layers compile again, a 0-dimensional tensor tau
+    does not. A reference to F.scaled_dot_product_attention in a closure or a default is out of reach.
 
     Raises ValueError for settings out of range or without effect. Raises RuntimeError when a forward ends
     without having met every chosen layer, or the context without a forward. Warns if `when` was never true.
@@ -600,12 +600,10 @@ class ERG:
         by_name = isinstance(self.layers_c, Mapping) and self.layers_c
         for layers in self.layers_c.values() if by_name else [self.layers_c]:
             _layers("layers_c", layers)
-        if self.rectifies and self.kappa == 1:
-            raise ValueError(f"kappa={self.kappa!r} leaves no t for I-ERG: it acts where t > kappa")
         if self.negative not in (None, "null", "same"):
             raise ValueError(f"negative={self.negative!r} must be 'null' or 'same'")
-        if self.negative == "same" and not self.rectifies:
-            raise ValueError("negative='same' without I-ERG is no guidance: the negative equals the positive")
+        if self.negative == "same" and (not self.rectifies or self.kappa == 1):
+            raise ValueError("negative='same' without I-ERG, or with kappa=1, is no guidance: both are equal")
         denoiser = "tau_i = alpha = gamma = K = 1 leaves the denoiser as it is"
         idle = {} if self.rectifies else dict(layers=denoiser, kappa=denoiser, queries=denoiser)
         if self.tau_i == 1:

@@ -1,4 +1,4 @@
-"""Sections 4 to 6 of erg.py: C-ERG, the guidance update, APG, CADS, and the settings."""
+"""Sections 3, 5 and 6 of erg.py: C-ERG, the guidance update, APG, and the settings."""
 import dataclasses
 import math
 import re
@@ -11,18 +11,6 @@ from torch import nn
 import erg
 from conftest import random_model
 from tiny_dit import sample, tokenize
-
-
-class Counter(nn.Module):
-    """Counts forwards and rows; passes everything on."""
-
-    def __init__(self, model):
-        super().__init__()
-        self.model, self.rows = model, []
-
-    def forward(self, x, t, condition):
-        self.rows.append(len(x))
-        return self.model(x, t, condition)
 
 
 @pytest.fixture
@@ -43,18 +31,31 @@ def step(settings, model, x, tokens, null, t=0.6):
 # C-ERG
 
 
+class Projected(nn.Module):
+    """Attention whose queries come from a module, and then perhaps go through a norm."""
+
+    def __init__(self, norm=None):
+        super().__init__()
+        self.q_proj, self.k_proj, self.v_proj = (nn.Linear(8, 8) for _ in range(3))
+        self.norm = norm or nn.Identity()
+
+    def forward(self, x):  # (B, S, D)
+        q, k, v = self.norm(self.q_proj(x)), self.k_proj(x), self.v_proj(x)
+        return x + F.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None])[:, 0]
+
+
+class Linear(Projected):
+    """Normalized linear attention."""
+
+    def forward(self, x):
+        weights = self.q_proj(x).relu() @ x.relu().mT
+        return (weights @ x) / weights.sum(-1, keepdim=True)
+
+
 def test_weak_encoding_by_interception_and_by_projection_agree():
     """Where nothing normalizes queries, Listing 1's hook and the interception give the same weak encoding."""
-    class Plain(nn.Module):
-        def __init__(self, width):
-            super().__init__()
-            self.q_proj, self.k_proj, self.v_proj = (nn.Linear(width, width) for _ in range(3))
-
-        def forward(self, x):
-            return x + F.scaled_dot_product_attention(self.q_proj(x)[:, None], self.k_proj(x)[:, None], self.v_proj(x)[:, None])[:, 0]
-
     torch.manual_seed(0)
-    encoder, x = nn.Sequential(*(Plain(8) for _ in range(3))).double().eval(), torch.randn(2, 5, 8, dtype=torch.float64)
+    encoder, x = nn.Sequential(*(Projected() for _ in range(3))).double().eval(), torch.randn(2, 5, 8, dtype=torch.float64)
     strong, weak = erg.encode(encoder, x, tau=0.1, layers=[1, 2])
     hooked, by_hook = erg.encode(encoder, x, tau=0.1, projections=[encoder[1].q_proj, encoder[2].q_proj])
     assert torch.equal(strong, encoder(x)) and torch.equal(hooked, strong)
@@ -63,46 +64,30 @@ def test_weak_encoding_by_interception_and_by_projection_agree():
     assert not any(m._forward_hooks for m in encoder.modules())
 
 
+@pytest.mark.parametrize("encoder", [Projected(nn.RMSNorm(8)), Linear()])
+def test_a_weak_encoding_equal_to_the_strong_one_is_an_error(encoder):
+    """QK-norm and linear attention undo a projection hook, which is noticed; so are projections that are not the encoder's."""
+    x = torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(0))
+    with pytest.raises(RuntimeError, match="left the encoding as it was.*norm of the queries"):
+        erg.encode(encoder.eval(), x, tau=0.1, projections=[encoder.q_proj])
+    with pytest.raises(RuntimeError, match="1 of 2 projections did not run"):
+        erg.encode(encoder, x, tau=0.1, projections=[encoder.q_proj, Linear().q_proj])
+    assert not any(m._forward_hooks for m in encoder.modules())
+    if isinstance(encoder.norm, nn.RMSNorm):  # the interception is not fooled
+        mean = encoder.v_proj(x).mean(1, keepdim=True)
+        torch.testing.assert_close(erg.encode(encoder, x, tau=0.0)[1], x + mean)
+    for error, message, wrong in ((ValueError, "must be a list of modules", dict(projections=[])),
+                                  (ValueError, "has no effect with projections", dict(projections=[encoder], layers=[0]))):
+        with pytest.raises(error, match=message):
+            erg.encode(encoder, x, tau=0.1, **wrong)
+    with pytest.raises(ValueError, match="training mode"):
+        erg.encode(type(encoder)(), x, tau=0.1)
+
+
 def test_c_erg_layers_bite(model, tokens):
     """Every choice of encoder layers gives another weak encoding."""
     weak = [erg.encode(model.encoder, tokens, tau=0.1, layers=layers)[1] for layers in ([0], [1], [2], None)]
-    for i, a in enumerate(weak):
-        for b in weak[:i]:
-            assert (a - b).abs().max() > 1e-4
-
-
-def test_qk_norm_would_undo_the_hook(model, tokens):
-    """A projection hook in front of QK-norm is an error that says so; the interception is not fooled."""
-    class Normed(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.q_proj, self.q_norm = nn.Linear(8, 8), nn.RMSNorm(8)
-
-        def forward(self, x):
-            return F.scaled_dot_product_attention(self.q_norm(self.q_proj(x)), x, x)
-
-    encoder, x = Normed().eval(), torch.randn(2, 1, 5, 8)
-    with pytest.raises(RuntimeError, match="left the encoding as it was.*norm of the queries"):
-        erg.encode(encoder, x, tau=0.1, projections=[encoder.q_proj])
-    strong, weak = erg.encode(encoder, x, tau=0.0)
-    torch.testing.assert_close(weak, x.mean(2, keepdim=True).expand_as(x))
-
-
-def test_linear_attention_undoes_the_hook():
-    """With normalized linear attention the scale cancels: the equal encoding is noticed and raised."""
-    class Linear(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.to_q = nn.Linear(8, 8)
-
-        def forward(self, x):
-            weights = self.to_q(x).relu() @ x.relu().mT
-            return (weights @ x) / weights.sum(-1, keepdim=True)
-
-    torch.manual_seed(0)
-    encoder = Linear().eval()
-    with pytest.raises(RuntimeError, match="left the encoding as it was"):
-        erg.encode(encoder, torch.randn(2, 5, 8), tau=0.01, projections=[encoder.to_q])
+    assert all((a - b).abs().max() > 1e-4 for i, a in enumerate(weak) for b in weak[:i])
 
 
 def test_the_weak_encoding_is_all_that_the_encoder_returns():
@@ -171,54 +156,42 @@ def test_every_setting_bites(model, inputs, tokens, null):
             assert (a - b).abs().max() > 1e-6, (i, j)
 
 
-def test_apg_momentum_bites_from_the_second_step_on(model, inputs, tokens, null):
-    """The running difference makes the second step of APG differ from a first one."""
-    settings = erg.ERG(w=3.0, tau_i=0.1, layers=[2], apg=erg.APG())
-    condition, negative = settings.encode(model.encoder, tokens, null=null)
-    guidance = erg.Guidance(settings, negative)
-    first, second = (guidance(model, inputs[0], 0.6, condition) for _ in range(2))
-    assert (first - second).abs().max() > 1e-4
-    torch.testing.assert_close(erg.Guidance(settings, negative)(model, inputs[0], 0.6, condition), first)
-
-
-def test_kappa_is_strict_and_in_t(model, inputs, tokens, null):
-    """I-ERG acts for t > kappa and not at t = kappa; before, the negative is ordinary."""
-    x, condition = inputs[0], model.encoder(tokens)
-    settings = erg.ERG(w=3.0, tau_i=0.1, layers=[2], kappa=0.5)
-    cfg = erg.ERG(w=3.0)
-    for t in (0.0, 0.3, 0.5):
-        assert torch.equal(step(settings, model, x, tokens, null, t), step(cfg, model, x, tokens, null, t))
-    assert (step(settings, model, x, tokens, null, 0.5001) - step(cfg, model, x, tokens, null, 0.5001)).abs().max() > 1e-3
-    assert condition.shape == (4, 6, 32)
+@pytest.mark.parametrize("kappa", [0.2, 0.3, 0.4, 0.5, 0.7])
+def test_kappa_is_strict_and_in_t(model, inputs, tokens, null, kappa):
+    """I-ERG acts for t > kappa and not at t = kappa, also if t comes as a float32 tensor; before, the negative is ordinary."""
+    at = lambda t, **settings: step(erg.ERG(w=3.0, **settings), model, inputs[0], tokens, null, t)
+    i_erg = dict(tau_i=0.1, layers=[2], kappa=kappa)
+    for t in (0.0, kappa - 0.1, kappa, torch.tensor(kappa)):
+        assert torch.equal(at(t, **i_erg), at(t))
+    assert (at(kappa + 1e-4, **i_erg) - at(kappa + 1e-4)).abs().max() > 1e-3
 
 
 def test_evaluations_are_counted(model, inputs, tokens, null):
     """2B rows a step; B where w = 1 or the negative equals the positive; on average 2 - kappa in the unconditional case."""
-    x, count = inputs[0], Counter(model).eval()
-
     def rows(settings, steps=10):
-        count.rows.clear()
+        counted = []
+        count = lambda x, t, condition: counted.append(len(x)) or model(x, t, condition)
         condition, negative = settings.encode(model.encoder, tokens, null=null)
-        sample(count, x, condition, steps, erg.Guidance(settings, negative))
-        return list(count.rows)
+        sample(count, inputs[0], condition, steps, erg.Guidance(settings, negative))
+        return counted
 
-    assert rows(erg.ERG(w=3.0)) == [8] * 10
+    i_erg = dict(w=3.0, tau_i=0.1, kappa=0.4)
+    assert rows(erg.ERG(w=3.0)) == rows(erg.ERG(**i_erg)) == [8] * 10
     assert rows(erg.ERG(w=3.0, batched=False)) == [4] * 20
     assert rows(erg.ERG(w=1.0)) == [4] * 10
     assert rows(erg.ERG(w=lambda t: 3.0 if t > 0.45 else 1.0)) == [4] * 5 + [8] * 5
-    assert rows(erg.ERG(w=3.0, tau_i=0.1, kappa=0.4, negative="null")) == [8] * 10
-    unconditional = rows(erg.ERG(w=3.0, tau_i=0.1, kappa=0.4, negative="same"))
-    assert unconditional == [4] * 5 + [8] * 5  # t = 0, 0.1, ..., 0.4 are not greater than kappa
-    many = rows(erg.ERG(w=3.0, tau_i=0.1, kappa=0.4, negative="same"), steps=100)
-    assert sum(many) / 4 / 100 == pytest.approx(2 - 0.4, abs=0.011)
+    assert rows(erg.ERG(**i_erg, negative="same")) == [4] * 5 + [8] * 5  # t = 0, 0.1, ..., 0.4 are not greater than kappa
+    assert sum(rows(erg.ERG(**i_erg, negative="same"), steps=100)) / 400 == pytest.approx(2 - 0.4, abs=0.011)
 
 
 def test_w_one_is_the_positive_prediction(model, inputs, tokens, null):
-    """w = 1 is off: bit for bit the model's own velocity, and its limit is continuous."""
-    x = inputs[0]
-    plain = model(x, 0.6, model.encoder(tokens))
-    assert torch.equal(step(erg.ERG(w=1.0, tau_i=0.1), model, x, tokens, null), plain)
-    torch.testing.assert_close(step(erg.ERG(w=1 + 1e-9, tau_i=0.1), model, x, tokens, null), plain, rtol=0, atol=1e-6)
+    """w = 1 is off: bit for bit the model's own velocity, and its limit is continuous; w may be a function of t."""
+    at = lambda w, t=0.6: step(erg.ERG(w=w, tau_i=0.1), model, inputs[0], tokens, null, t)
+    plain = model(inputs[0], 0.6, model.encoder(tokens))
+    assert torch.equal(at(1.0), plain)
+    torch.testing.assert_close(at(1 + 1e-9), plain, rtol=0, atol=1e-6)
+    for t in (0.1, 0.6):
+        torch.testing.assert_close(at(lambda t: 1 + 5 * t, t), at(1 + 5 * t, t))
 
 
 def test_one_null_prompt_serves_all_rows(model, inputs, tokens, null):
@@ -230,28 +203,12 @@ def test_one_null_prompt_serves_all_rows(model, inputs, tokens, null):
         torch.testing.assert_close(v, expected, rtol=0, atol=1e-12)
 
 
-def test_times_in_single_precision_meet_kappa(model, inputs, tokens, null):
-    """t = kappa is not after kappa when t comes as a float32 tensor, either."""
-    condition, negative = model.encoder(tokens), model.encoder(null)
-    for kappa in (0.2, 0.3, 0.4, 0.7):
-        guidance = erg.Guidance(erg.ERG(w=3.0, tau_i=0.1, kappa=kappa), negative)
-        assert torch.equal(guidance(model, inputs[0], torch.tensor(kappa), condition),
-                           erg.Guidance(erg.ERG(w=3.0), negative)(model, inputs[0], kappa, condition))
-
-
 def test_the_null_prompt_may_have_its_own_arguments():
     """`null` may be a mapping of the encoder's keyword arguments, such as its own attention mask."""
     encoder = lambda tokens, mask: tokens * mask
     condition, negative = erg.ERG(w=2.0).encode(encoder, torch.ones(3), mask=torch.ones(3),
                                                 null={"tokens": torch.ones(3), "mask": torch.zeros(3)})
     assert condition.sum() == 3 and negative.sum() == 0
-
-
-def test_w_may_be_a_function_of_t(model, inputs, tokens, null):
-    """A function of t gives at each t what the number would."""
-    for t in (0.1, 0.6):
-        function = step(erg.ERG(w=lambda t: 1 + 5 * t), model, inputs[0], tokens, null, t)
-        torch.testing.assert_close(function, step(erg.ERG(w=1 + 5 * t), model, inputs[0], tokens, null, t))
 
 
 def test_an_unconditional_model_and_nested_conditions(inputs):
@@ -286,16 +243,12 @@ def test_the_whole_of_sampling_is_batch_independent(model, inputs, tokens, null)
         return sample(model, inputs[0][rows], condition, 6, erg.Guidance(settings, negative))
 
     torch.testing.assert_close(run(slice(0, 4))[1:2], run(slice(1, 2)), rtol=1e-9, atol=1e-9)
+    guidance = erg.Guidance(settings, model.encoder(null))
+    first, second = (guidance(model, inputs[0], 0.6, model.encoder(tokens)) for _ in range(2))
+    assert (first - second).abs().max() > 1e-4  # APG's momentum acts from the second step on
 
 
-# APG and CADS (appendix D)
-
-
-def test_apg_with_nothing_on_is_eq_10():
-    """eta = 1, no clipping and no momentum is eq. 10 exactly; in velocity space, too."""
-    p, n = torch.randn(2, 3, 4, 5, dtype=torch.float64)
-    x1, _ = erg.APG(momentum=0.0, eta=1.0, norm_threshold=0.0).update(p, n, 3.0)
-    torch.testing.assert_close(x1, erg.guide(p, n, 3.0), rtol=1e-12, atol=1e-12)
+# APG (appendix D)
 
 
 def test_apg_against_the_formulas_written_out():
@@ -324,10 +277,12 @@ def test_apg_guides_in_data_space(model, inputs, tokens, null):
 
 
 def test_apg_in_half_precision_does_not_cancel():
-    """APG that changes nothing gives eq. 10 also in bfloat16 and close to t = 1, where x1 - x is small."""
+    """APG with eta = 1, no clipping and no momentum is eq. 10, also in bfloat16 and near t = 1, where x1 - x is small."""
     v_pos, v_neg, x = torch.randn(3, 2, 3, 8, 8, generator=torch.Generator().manual_seed(0)).bfloat16()
     model = lambda x, t, c: torch.where((c == 1).view(-1, 1, 1, 1), torch.cat([v_pos, v_pos]), torch.cat([v_neg, v_neg]))
     settings = erg.ERG(w=2.0, apg=erg.APG(momentum=0.0, eta=1.0, norm_threshold=0.0))
+    p, n = torch.randn(2, 3, 4, 5, dtype=torch.float64)
+    torch.testing.assert_close(settings.apg.update(p, n, 3.0)[0], erg.guide(p, n, 3.0), rtol=1e-12, atol=1e-12)
     v = erg.Guidance(settings, torch.zeros(2))(model, x, 0.98, torch.ones(2))
     expected = 2 * v_pos.float() - v_neg.float()
     assert v.dtype == torch.bfloat16 and (v.float() - expected).norm() / expected.norm() < 0.01
@@ -346,53 +301,46 @@ def test_project_splits_into_orthogonal_parts():
 
 
 @pytest.mark.parametrize("wrong, message", [
-    (dict(w=float("nan")), "w=nan"), (dict(w=2, tau_i=-1), "tau_i=-1"), (dict(w=2, tau_i=0.1, kappa=1.5), "kappa=1.5"),
-    (dict(w=2, tau_i=0.1, layers=()), "layers=()"), (dict(w=2, tau_c=-0.1), "tau_c=-0.1"), (dict(w=2, tau_i=0.1, K=0), "K=0"),
-    (dict(w=2, negative="none"), "negative='none'"), (dict(w=2, layers=[1]), "layers=[1] has no effect"),
-    (dict(w=2, kappa=0.3), "kappa=0.3 has no effect"), (dict(w=2, queries=slice(4)), "has no effect"),
-    (dict(w=2, layers_c=[1]), "layers_c=[1] has no effect"), (dict(w=2, tau_c=0.1, negative="null"), "negative='null' has no effect"),
-    (dict(w=2, negative="same"), "no guidance"), (dict(w=2, tau_c=0.1, layers_c={"clip": [-1]}), "layers_c=[-1]"),
+    (dict(w=float("nan")), "w=nan"), (dict(tau_i=-1), "tau_i=-1"), (dict(tau_i=0.1, kappa=1.5), "kappa=1.5"),
+    (dict(tau_i=0.1, layers=()), "layers=()"), (dict(tau_c=-0.1), "tau_c=-0.1"), (dict(tau_i=0.1, K=0), "K=0"),
+    (dict(negative="none"), "negative='none'"), (dict(layers=[1]), "layers=[1] has no effect"),
+    (dict(kappa=0.3), "kappa=0.3 has no effect"), (dict(queries=slice(4)), "has no effect"),
+    (dict(gamma=0.5, queries=slice(4)), "it restricts tau_i"), (dict(layers_c=[1]), "layers_c=[1] has no effect"),
+    (dict(tau_c=0.1, negative="null"), "negative='null' has no effect"), (dict(negative="same"), "no guidance"),
+    (dict(tau_c=0.1, layers_c={"clip": [-1]}), "layers_c=[-1]"), (dict(tau_i=0.1, kappa=True), "kappa=True"),
+    (dict(tau_c=0.1, layers_c={}), "layers_c={}"), (dict(tau_i=0.1, queries=3), "queries=3 must be a slice"),
+    (dict(tau_i=0.1, layers=(n for n in range(3))), "layers=<generator"),  # would be empty at the second use
+    (dict(norm_threshold=-1.0), "norm_threshold=-1.0"), (dict(eta=math.inf), "eta=inf"), (dict(momentum=None), "momentum=None"),
 ])
 def test_settings_validate_themselves(wrong, message):
-    """Values out of range, and options that would do nothing, are errors that name them."""
-    with pytest.raises(ValueError) as error:
-        erg.ERG(**wrong)
-    assert message in str(error.value)
+    """Values out of range, and options that would do nothing, are errors that name them, in APG, too."""
+    of_apg = hasattr(erg.APG, next(iter(wrong)))
+    with pytest.raises((TypeError, ValueError), match=re.escape(message)):
+        erg.APG(**wrong) if of_apg else erg.ERG(**{"w": 2, **wrong})
 
 
-def test_apg_validates_itself():
-    """The same holds for APG's own numbers."""
-    for name, value in (("norm_threshold", -1.0), ("eta", math.inf), ("momentum", None)):
-        with pytest.raises(ValueError, match=f"{name}={value}"):
-            erg.APG(**{name: value})
-
-
-def test_settings_are_frozen_and_missing_conditions_are_named(model, tokens, inputs):
-    """Settings do not change under way; a missing null prompt or negative is one clear error."""
-    settings = erg.ERG(w=2.0)
+def test_what_is_missing_or_cannot_be_guided_is_named(model, tokens, inputs):
+    """Settings do not change under way; a missing null prompt or negative, or a time out of range, is one clear error."""
+    x, t, condition = inputs
+    settings, apg = erg.ERG(w=2.0), erg.ERG(w=2.0, tau_i=0.1, negative="same", apg=erg.APG())
     with pytest.raises(dataclasses.FrozenInstanceError):
         settings.w = 3.0
-    with pytest.raises(ValueError, match="null=None"):
-        settings.encode(model.encoder, tokens)
-    for missing in (settings, erg.PRESETS["sd3-medium"], erg.PRESETS["dit-xl-2"]):
-        with pytest.raises(ValueError, match="give a negative condition"):
-            erg.Guidance(missing)
-    with pytest.raises(ValueError, match="one of the two"):
-        erg.Guidance(erg.PRESETS["mmdit-unconditional"], inputs[2])
-    with pytest.raises(ValueError, match="name='clip' must be a name in layers_c=None"):
-        settings.encode(model.encoder, tokens, name="clip")
-    with pytest.raises(TypeError, match="queries=16 must be a slice"):
-        erg.ERG(w=2.0, tau_i=0.1, queries=16)
-    with pytest.raises(TypeError, match="must be an erg.ERG"):
-        erg.Guidance(2.0)
-    apg = erg.ERG(w=2.0, tau_i=0.1, negative="same", apg=erg.APG())
-    with pytest.raises(ValueError, match="t=1.0"):
-        erg.Guidance(apg)(model, inputs[0], 1.0, inputs[2])
-    for t in (500, -0.1, float("nan")):
-        with pytest.raises(ValueError, match="t=.* must be a finite Python number, at least 0, at most 1"):
-            erg.Guidance(apg)(model, inputs[0], t, inputs[2])
-    with pytest.raises(ValueError, match="condition=None"):
-        erg.Guidance(settings, inputs[2])(model, inputs[0], 0.5)
+    missing = (settings, erg.PRESETS["sd3-medium"], erg.PRESETS["dit-xl-2"])
+    for error, message, call in (
+            (ValueError, "null=None", lambda: settings.encode(model.encoder, tokens)),
+            *((ValueError, "give a negative condition", lambda s=s: erg.Guidance(s)) for s in missing),
+            (ValueError, "one of the two", lambda: erg.Guidance(erg.PRESETS["mmdit-unconditional"], condition)),
+            (ValueError, "name='clip' must be a name in layers_c=None", lambda: settings.encode(model.encoder, tokens, name="clip")),
+            (TypeError, "must be an erg.ERG", lambda: erg.Guidance(2.0)),
+            (ValueError, "condition=None", lambda: erg.Guidance(settings, condition)(model, x, 0.5)),
+            (ValueError, "t=1.0", lambda: erg.Guidance(apg)(model, x, 1.0, condition)),
+            *((ValueError, "t=.* must be a finite Python number, at least 0, at most 1",
+               lambda t=t: erg.Guidance(apg)(model, x, t, condition)) for t in (500, -0.1, float("nan"))),
+            (ValueError, "one element tensors", lambda: erg.Guidance(settings, condition)(model, x, t, condition)),
+            (ValueError, "w='3' must be", lambda: erg.Guidance(erg.ERG(w=lambda t: "3"), condition)(model, x, 0.5, condition)),
+            (ValueError, "training mode", lambda: erg.Guidance(apg)(model.train(), x, 0.5, condition))):
+        with pytest.raises(error, match=message):
+            call()
 
 
 def test_presets_are_table_7():
@@ -434,7 +382,8 @@ def test_conditions_that_do_not_match_are_named(model, inputs):
             (condition.float(), condition, "torch.float64 and the negative's has .*torch.float32"),
             (condition.to("meta"), condition, "device"),
             (condition[:, :3], condition, r"\(4, 3, 32\).*batched=False"),
-            (condition[:3], condition, r"\(3, 6, 32\).*a row for each of 4 samples"),
+            (condition[:3], condition, r"\(3, 6, 32\).*a row for each of 4 samples; batched=False"),
+            (condition[:1], condition[:3], r"\(3, 6, 32\).*a row for each of 4 samples"),
             ((condition, condition), condition, "one pass needs two alike")):
         with pytest.raises((ValueError, RuntimeError), match=message):
             erg.Guidance(settings, negative)(refuse, x, 0.5, given)
@@ -453,12 +402,6 @@ def test_guidance_in_half_precision():
     assert torch.equal(erg.guide(v_pos, v_neg, 1.0), v_pos)
 
 
-def test_layers_that_would_be_used_up():
-    """An iterator of layers is refused: it would be empty at the second use."""
-    with pytest.raises(ValueError, match="layers=<generator"):
-        erg.ERG(w=2.0, tau_i=0.1, layers=(n for n in range(3)))
-
-
 @pytest.mark.parametrize("values", [(5.0, 2.0), ("b", "a"), (True, False), (None, 2)])
 def test_conditions_with_values_that_are_not_tensors(inputs, values):
     """Values that are not tensors may differ in two passes; in one that is an error, as tensors against None are."""
@@ -471,23 +414,15 @@ def test_conditions_with_values_that_are_not_tensors(inputs, values):
             guide(batched, *pair)
 
 
-@pytest.mark.parametrize("wrong, message", [
-    (dict(kappa=True), "kappa=True"), (dict(tau_c=0.1, layers_c={}), "layers_c={}"), (dict(queries=3), "queries=3 must be a slice")])
-def test_more_settings_validate_themselves(wrong, message):
-    """Settings of the wrong kind are named, with their value."""
-    with pytest.raises((TypeError, ValueError), match=re.escape(message)):
-        erg.ERG(**{"w": 2.0, "tau_i": 0.1, **wrong})
-
-
-def test_what_a_step_is_given_is_checked(model, inputs):
-    """A time for each sample, a weight that is no number, conditions of other rows, and training mode are named."""
-    x, t, condition = inputs
-    settings = erg.ERG(w=2.0, tau_i=0.1, layers=[2])
-    for error, message, w, time, given in (
-            (ValueError, "one element tensors", 2.0, t, condition),
-            (ValueError, "w='3' must be", lambda t: "3", 0.5, condition),
-            (ValueError, r"\(3, 6, 32\).* a row for each of 4 samples; batched=False", 2.0, 0.5, condition[:3])):
-        with pytest.raises(error, match=message):
-            erg.Guidance(dataclasses.replace(settings, w=w), condition[:1])(model, x, time, given)
-    with pytest.raises(ValueError, match="training mode"):
-        erg.Guidance(settings, condition)(model.train(), x, 0.3, condition)
+def test_values_that_are_not_numbers_or_do_nothing():
+    """NaN in the energy, a batch that guide would broadcast, and a kappa that leaves nothing are errors."""
+    x, nan = torch.randn(3, 4), float("nan")
+    for name in ("beta", "tau", "alpha"):
+        with pytest.raises(ValueError, match=f"{name}=nan"):
+            erg.hopfield_energy(x, x, **{name: nan})
+        with pytest.raises(ValueError, match=f"{name}=nan"):
+            erg.hopfield_step(x, x, **{name: nan})
+    with pytest.raises(ValueError, match=r"v_neg is \(1, 4\); it must be \(3, 4\)"):
+        erg.guide(x, x[:1], 2.0)
+    with pytest.raises(ValueError, match="kappa=1, is no guidance"):
+        erg.ERG(w=2.0, tau_i=0.1, kappa=1.0, negative="same")

@@ -1,7 +1,9 @@
-"""The README keeps its word: its example prints what it says, and the files that it names exist."""
+"""The README keeps its word: its example prints what it says, the files that it names exist, imports run one way."""
+import ast
 import contextlib
 import io
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -20,41 +22,55 @@ def test_the_example_prints_what_it_says():
     assert out.getvalue().split() == printed.split()
 
 
-def test_the_files_it_names_exist():
-    """Every file of the tree, and every link to a file, is there."""
-    tree = re.search(r"## Files\n+```text\n(.*?)```", README, re.S).group(1)
-    names = [line.split()[0] for line in tree.splitlines() if line.strip()]
-    links = [link for link in re.findall(r"\]\(([^)#]+)\)", README) if not link.startswith("http")]
-    assert len(names) >= 8
+def test_it_is_one_page():
+    """The README has at most 130 lines of 120 columns."""
+    lines = README.splitlines()
+    assert len(lines) <= 130 and max(map(len, lines)) <= 120
+
+
+@pytest.mark.parametrize("page", ["README.md", "PAPER_NOTES.md", "CONTRIBUTING.md"])
+def test_the_files_it_names_exist(page):
+    """Every file of the tree, and every link to a file, is there, in the other pages too."""
+    text = (ROOT / page).read_text()
+    tree = re.search(r"## Files\n+```text\n(.*?)```", text, re.S)
+    columns = [re.split(" {2,}", line)[0] for line in tree.group(1).splitlines()] if tree else []
+    names = [name for column in columns for name in column.split(", ")]
+    links = [link for link in re.findall(r"\]\(([^)#]+)\)", text) if not link.startswith("http")]
+    assert len(names) >= 8 or page != "README.md"
     for name in names + links:
         assert (ROOT / name).exists(), name
 
 
-def test_erg_imports_torch_and_the_standard_library_alone():
+def imported(path):
+    """The first names of all modules that a file imports."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else [node.module or ""]
+            yield from (name.split(".")[0] for name in names)
+
+
+@pytest.mark.parametrize("name, more", [("erg.py", set()), ("tiny_dit.py", set()), ("experiments/diagnostics.py", {"erg"})])
+def test_what_can_be_copied_imports_torch_and_the_standard_library_alone(name, more):
     """erg.py can be copied: it imports nothing else, and tiny_dit.py knows nothing of it."""
-    import ast
-    import sys
-
-    def imported(path):
-        for node in ast.walk(ast.parse((ROOT / path).read_text())):
-            if isinstance(node, (ast.Import, ast.ImportFrom)):
-                names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else [node.module or ""]
-                yield from (name.split(".")[0] for name in names)
-
-    assert set(imported("erg.py")) - {"torch"} <= set(sys.stdlib_module_names)
-    assert set(imported("tiny_dit.py")) - {"torch"} <= set(sys.stdlib_module_names)
-    assert set(imported("experiments/diagnostics.py")) - {"torch", "erg"} <= set(sys.stdlib_module_names)
+    assert set(imported(ROOT / name)) - {"torch"} - more <= set(sys.stdlib_module_names)
 
 
-def test_its_table_is_an_excerpt_of_the_results():
-    """Every number of the table of methods stands in the committed Table 1, in the row of the same method."""
-    page = (ROOT / "experiments/results/table1.md").read_text().replace("**", "")
-    rows = [line for line in README.splitlines() if line.startswith("| ") and "±" in line]
-    assert len(rows) >= 8
-    for row in rows:
-        label, *cells = (cell.strip() for cell in row.strip("| ").replace("**", "").split(" | "))
-        same = " ".join(line for line in page.splitlines() if line.startswith(f"| {label} |"))
-        assert same and all(f"| {cell} |" in same for cell in cells), row
+@pytest.mark.parametrize("files, never", [
+    ("toy/*.py", {"train_toy", "sample_toy", "experiments"}), ("*.py", {"experiments"}),
+    ("experiments/**/*.py", {"train_toy", "sample_toy"})])
+def test_imports_run_one_way(files, never):
+    """erg, tiny_dit <- toy <- scripts, experiments: nobody imports what stands to the right."""
+    paths = sorted(ROOT.glob(files))
+    assert paths and not [(path.name, name) for path in paths for name in imported(path) if name in never]
+
+
+def test_erg_is_short():
+    """erg.py has lines of at most 110 columns, and functions of at most 45 lines."""
+    text = (ROOT / "erg.py").read_text()
+    assert max(map(len, text.splitlines())) <= 110
+    long = {node.name: node.end_lineno - node.lineno + 1 for node in ast.walk(ast.parse(text))
+            if isinstance(node, ast.FunctionDef) and node.end_lineno - node.lineno + 1 > 45}
+    assert not long
 
 
 def test_the_list_of_models_is_complete():

@@ -428,7 +428,6 @@ OTHER_COST = [  # evaluations a step and image at t = 0, 0.1, ..., 0.9
     ("seg", dict(w=2.0, layers=[2]), 2), ("seg", dict(w=1.0, layers=[2], cfg=2.0), 2),
     ("sag", dict(w=1.0, layer=2), 1), ("autoguidance", dict(w=1.0, weak="digits-early"), 1),
     ("i-erg", dict(ENERGY, kappa=0.4, negative="same"), 1.5),
-    ("i-erg", dict(ENERGY, kappa=1.0, negative="same"), 1),
     ("mechanism", dict(w=2.0, mechanism="smoothing", layers=[2], kappa=0.4, negative="same"), 1.5),
     ("variant", dict(ENERGY, kappa=0.2, negative="same", until=0.6), 1.3),
 ]

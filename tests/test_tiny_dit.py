@@ -42,15 +42,13 @@ def test_patchify_and_back(size, patch):
 
 
 def test_image_and_caption_reach_every_pixel():
-    """Attention is joint: every pixel and every word changes every pixel of the velocity."""
+    """Attention is joint: a pixel, a word and the time change every pixel of the velocity."""
     model = random_model()
     x, condition = torch.randn(1, 3, 8, 8, dtype=torch.float64), model.encode(["a red seven"])
-    base = model(x, 0.5, condition)
     moved = x.clone()
     moved[0, 0, 0, 0] += 1
-    assert ((model(moved, 0.5, condition) - base).abs() > 1e-9).all()
-    assert ((model(x, 0.5, model.encode(["a blue seven"])) - base).abs() > 1e-9).all()
-    assert ((model(x, 0.51, condition) - base).abs() > 1e-9).all()
+    for other in ((moved, 0.5, condition), (x, 0.5, model.encode(["a blue seven"])), (x, 0.51, condition)):
+        assert ((model(*other) - model(x, 0.5, condition)).abs() > 1e-9).all()
 
 
 def test_t_is_a_number_or_a_tensor():
@@ -59,22 +57,20 @@ def test_t_is_a_number_or_a_tensor():
     x, condition = torch.randn(2, 3, 8, 8, dtype=torch.float64), model.encode(["a", "red"])
     assert torch.equal(model(x, 0.5, condition), model(x, torch.tensor([0.5, 0.5]), condition))
     mixed = model(x, torch.tensor([0.5, 0.9]), condition)
-    torch.testing.assert_close(mixed[:1], model(x[:1], 0.5, condition[:1]), rtol=0, atol=1e-12)
-    torch.testing.assert_close(mixed[1:], model(x[1:], 0.9, condition[1:]), rtol=0, atol=1e-12)
+    for n, t in enumerate((0.5, 0.9)):
+        torch.testing.assert_close(mixed[n:n + 1], model(x[n:n + 1], t, condition[n:n + 1]), rtol=0, atol=1e-12)
 
 
 # Captions
 
 
 def test_tokenize():
-    """Words become their numbers, <pad> is 0 and fills up; the null prompt is all pads."""
+    """Words become their numbers, <pad> is 0 and fills up; the null prompt is all pads; faults are named."""
     assert tokenize(["a red seven", ""], config()).tolist() == [[1, 2, 4, 0, 0, 0], [0] * 6]
-    with pytest.raises(ValueError, match=r"unknown word 'green'.*the vocabulary is: a red blue seven two on"):
-        tokenize(["a green seven"], config())
-    with pytest.raises(ValueError, match="has 7 words; at most 6"):
-        tokenize(["a " * 7], config())
-    with pytest.raises(ValueError, match="must be a list"):
-        tokenize("a red seven", config())
+    for prompts, message in ((["a green seven"], r"unknown word 'green'.*the vocabulary is: a red blue seven two on"),
+                             (["a " * 7], "has 7 words; at most 6"), ("a red seven", "must be a list")):
+        with pytest.raises(ValueError, match=message):
+            tokenize(prompts, config())
 
 
 def test_drop_words_rates_and_order():
@@ -99,11 +95,9 @@ def test_loss_oracle_one_point():
     data = torch.randn(1, 3, 8, 8, dtype=torch.float64).expand(5, -1, -1, -1)
     noise, shift = torch.randn(2, 5, 3, 8, 8, dtype=torch.float64)
     t = torch.rand(5, dtype=torch.float64) * 0.9
-    oracle = lambda x, t, condition: (data - x) / (1 - t).view(-1, 1, 1, 1)
-    zero = torch.zeros(5, dtype=torch.float64)
-    torch.testing.assert_close(flow_matching_loss(oracle, data, None, t, noise), zero, rtol=0, atol=1e-20)
-    shifted = lambda x, t, condition: oracle(x, t, condition) + shift
-    torch.testing.assert_close(flow_matching_loss(shifted, data, None, t, noise), shift.square().flatten(1).mean(1))
+    for d, loss, atol in ((0, torch.zeros(5).double(), 1e-20), (shift, shift.square().flatten(1).mean(1), 1e-9)):
+        oracle = lambda x, t, condition: (data - x) / (1 - t).view(-1, 1, 1, 1) + d
+        torch.testing.assert_close(flow_matching_loss(oracle, data, None, t, noise), loss, rtol=0, atol=atol)
 
 
 @pytest.mark.parametrize("steps", [1, 7, 50])
@@ -132,20 +126,15 @@ def test_sampler_oracle_gaussian():
 
 def test_trajectory_and_guidance():
     """The trajectory holds every x from noise to result, and a guidance object takes the model's place at each t."""
-    noise, seen = torch.randn(2, 3, 4, 4), []
-    path = sample(lambda x, t, c: torch.full_like(x, c), noise, 2.0, 4, trajectory=True)
+    noise, seen, model = torch.randn(2, 3, 4, 4), [], lambda x, t, c: torch.full_like(x, c)
+    path = sample(model, noise, 2.0, 4, trajectory=True)
     assert path.shape == (5, 2, 3, 4, 4) and torch.equal(path[0], noise)
     torch.testing.assert_close(path, noise + 2 * torch.linspace(0, 1, 5).view(5, 1, 1, 1, 1))
-
-    def guidance(model, x, t, condition):
-        seen.append(t)
-        return 3 * model(x, t, condition)
-
-    end = sample(lambda x, t, c: torch.full_like(x, c), noise, 2.0, 4, guidance)
-    torch.testing.assert_close(end, noise + 6)
+    guidance = lambda model, x, t, condition: seen.append(t) or 3 * model(x, t, condition)
+    torch.testing.assert_close(sample(model, noise, 2.0, 4, guidance), noise + 6)
     assert seen == [0, 0.25, 0.5, 0.75]
     with pytest.raises(ValueError, match="steps=0"):
-        sample(lambda x, t, c: x, noise, None, steps=0)
+        sample(model, noise, None, steps=0)
 
 
 @pytest.mark.parametrize("wrong, message", [

@@ -3,10 +3,11 @@ import dataclasses
 import json
 import math
 import os
+import runpy
 import signal
+import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,16 +22,23 @@ from toy.sampling import load_checkpoint
 
 ROOT = Path(train_toy.__file__).resolve().parent
 SMALL = dict(batch=16, samples=12, classifier_iterations=5, steps=3, save_every=10)
+RECIPE = train_toy.RECIPES["digits"]
+TINY = dataclasses.replace(RECIPE, model={**RECIPE.model, "depth": 2, "width": 32})
 
 
-def command(*arguments, **environment):
-    """Arguments and environment of a subprocess that runs train_toy.py on one thread."""
-    return dict(args=[sys.executable, str(ROOT / "train_toy.py"), *map(str, arguments)], cwd=ROOT,
-                env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", **environment})
+@pytest.fixture(autouse=True, scope="module")
+def tiny():
+    """Trainings here are of a smaller model than the data set's recipe has."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(train_toy.RECIPES, "digits", TINY)
+        yield
 
 
-def flags(**options):
-    return [text for name, value in options.items() for text in (f"--{name.replace('_', '-')}", value)]
+def process(first="", environment=(), **options):
+    """Another process that trains on one thread as train_toy.main(**options) does here, after the code `first`."""
+    code = f"import os, train_toy\ntrain_toy.RECIPES['digits'] = train_toy.{TINY}\n{first}\ntrain_toy.main(**{options})"
+    return subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+                            text=True, env={**os.environ, "OMP_NUM_THREADS": "1", **dict(environment)})
 
 
 def training_state(folder, name="digits"):
@@ -93,7 +101,19 @@ def test_training_learns(finished):
     assert curve[-1].nanmean() < 0.9 * curve[0].nanmean()
 
 
-def test_ema_is_the_average_of_the_weights(tmp_path, monkeypatch):
+@pytest.fixture
+def averaged(tmp_path, monkeypatch):
+    """A function of options that trains without the table and the pictures, and returns the averaged weights."""
+    monkeypatch.setattr(train_toy, "compare", lambda *given, **named: {})
+    monkeypatch.setattr(train_toy, "draw_loss", lambda *given: None)
+
+    def train(**options):
+        train_toy.main(out=str(tmp_path), **{**SMALL, "iterations": 12, "batch": 8, "save_every": 0, **options})
+        return training_state(tmp_path)["average"]
+    return train
+
+
+def test_ema_is_the_average_of_the_weights(averaged, monkeypatch):
     """The averaged model obeys a <- r a + (1 - r) m at every step, with the stated warm-up of r."""
     seen, original = [], torch._foreach_lerp_
 
@@ -104,7 +124,7 @@ def test_ema_is_the_average_of_the_weights(tmp_path, monkeypatch):
         seen.append(((expected - averages[0]).abs().max().item(), weight))
 
     monkeypatch.setattr(torch, "_foreach_lerp_", record)
-    train_toy.main(iterations=20, out=str(tmp_path), ema=0.6, **SMALL)
+    averaged(iterations=20, ema=0.6)
     assert len(seen) == 20 and max(error for error, _ in seen) < 1e-6
     expected = [1 - min(0.6, (i + 1) / (i + 10)) for i in range(20)]
     assert [weight for _, weight in seen] == pytest.approx(expected)
@@ -117,23 +137,15 @@ def test_learning_rate():
     assert train_toy.learning_rate(10**6, math.inf, 2.0) == 2.0
 
 
-def averaged(folder, **options):
-    train_toy.main(out=str(folder), **{**SMALL, "iterations": 12, "batch": 8, "save_every": 0, **options})
-    return training_state(folder)["average"]
-
-
-def test_every_training_option_bites(tmp_path, monkeypatch):
+def test_every_training_option_bites(averaged, monkeypatch):
     """Each option of the training changes the averaged weights; the same options give the same weights."""
-    recipe = train_toy.RECIPES["digits"]
-    small = dataclasses.replace(recipe, model={**recipe.model, "depth": 2, "width": 32})
-    monkeypatch.setitem(train_toy.RECIPES, "digits", small)
-    plain = averaged(tmp_path)
-    assert equal(averaged(tmp_path), plain)
+    plain = averaged()
+    assert equal(averaged(), plain)
     for change in (dict(lr=1e-4), dict(ema=0.5), dict(seed=1), dict(batch=4)):
-        assert not equal(averaged(tmp_path, **change), plain), change
+        assert not equal(averaged(**change), plain), change
     for change in (dict(t_mean=-1.0), dict(flips=True), dict(class_only=0.5)):
-        monkeypatch.setitem(train_toy.RECIPES, "digits", dataclasses.replace(small, **change))
-        assert not equal(averaged(tmp_path), plain), change
+        monkeypatch.setitem(train_toy.RECIPES, "digits", dataclasses.replace(TINY, **change))
+        assert not equal(averaged(), plain), change
 
 
 def test_batches_hold_what_the_recipe_says():
@@ -154,22 +166,28 @@ def test_batches_hold_what_the_recipe_says():
     assert tables[0].shape == (10, config.caption_length) and t.shape == (4000,) and noise.shape == x.shape
 
 
+KILL = """
+def stop(name, at, calls=[]):
+    plain = getattr(os if name == "fsync" else train_toy, name)
+    def wrapper(*given):
+        calls.append(given)
+        if len(calls) == at:
+            os.kill(os.getpid(), 9)
+        return plain(*given)
+    setattr(os if name == "fsync" else train_toy, name, wrapper)
+"""
+
+
 def test_kill_at_any_moment_and_resume(finished, tmp_path):
-    """After two kill -9 and two --resume, weights, optimizer and loss are those of an undisturbed run."""
-    arguments = [*flags(iterations=60, out=tmp_path, **SMALL)]
-    for kill_at in (10, 30):
-        process = subprocess.Popen(**command(*arguments, *(["--resume"] if kill_at > 10 else [])),
-                                   stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        deadline = time.time() + 60
-        while time.time() < deadline and process.poll() is None:
-            if (tmp_path / "digits-training.pt").is_file() and training_state(tmp_path)["step"] >= kill_at:
-                break
-            time.sleep(0.002)
-        process.send_signal(signal.SIGKILL)
-        assert process.wait() == -signal.SIGKILL
-        assert kill_at <= training_state(tmp_path)["step"] < 60
-    done = subprocess.run(**command(*arguments, "--resume"), capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    """After two kill -9, in a step and in a save, and two --resume, the state is that of an undisturbed run."""
+    options = dict(iterations=60, out=str(tmp_path), **SMALL)
+    # a start writes one file, and a save four, of which the training's state is the first
+    for moment, resume, step in (("'draw_batch', 16", False, 10), ("'fsync', 1 + 4 + 1", True, 20)):
+        killed = process(KILL + f"stop({moment})", resume=resume, **options)
+        _, errors = killed.communicate(timeout=100)
+        assert killed.returncode == -signal.SIGKILL, errors
+        assert training_state(tmp_path)["step"] == step
+    train_toy.main(resume=True, **options)
     assert same_training(training_state(tmp_path), training_state(finished[0]))
 
 
@@ -194,31 +212,36 @@ def test_ctrl_c_saves_and_says_how_to_go_on(finished, tmp_path, monkeypatch, cap
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
-def test_two_processes_are_one(finished, tmp_path):
+def test_two_processes_are_one(finished, tmp_path, monkeypatch):
     """Two gloo processes with the same global batch have the loss and weights of one, within rounding."""
-    run = command(*flags(iterations=60, out=tmp_path, **SMALL))
-    run["args"][1:1] = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    done = subprocess.run(**run, capture_output=True, text=True, timeout=200)
-    assert done.returncode == 0, done.stderr[-2000:]
+    options = dict(iterations=60, out=str(tmp_path), device="cpu", **SMALL)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        places = dict(WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free.getsockname()[1]))
+    other = process(environment=dict(places, RANK="1", LOCAL_RANK="1"), **options)
+    for name, value in dict(places, RANK="0", LOCAL_RANK="0").items():  # as torchrun does
+        monkeypatch.setenv(name, value)
+    try:
+        train_toy.main(**options)
+        assert other.wait(timeout=100) == 0, other.stderr.read()
+    finally:
+        other.kill()
     one, two = training_state(finished[0]), training_state(tmp_path)
     torch.testing.assert_close(two["curve"], one["curve"], rtol=2e-3, atol=1e-4, equal_nan=True)
     for name, value in one["average"].items():
         torch.testing.assert_close(two["average"][name], value, rtol=0, atol=2e-3)
 
 
-def test_resume_faults(finished, tmp_path):
-    """Nothing to resume, and other settings than those of the checkpoint, are clear errors."""
+def test_faults_show_before_the_training(finished, tmp_path, monkeypatch):
+    """Nothing to resume, other settings than the checkpoint's, an uneven batch and an unwritable folder are named."""
     with pytest.raises(FileNotFoundError, match="does not exist; start without --resume"):
         train_toy.main(iterations=60, out=str(tmp_path), resume=True, **SMALL)
     with pytest.raises(ValueError, match="trained with iterations=60, not 70"):
         train_toy.main(iterations=70, out=str(finished[0]), resume=True, **SMALL)
-
-
-def test_faults_show_before_the_training(tmp_path, monkeypatch):
-    """An unwritable folder and an uneven batch end in one line before any training."""
     (tmp_path / "file").write_text("")
-    done = subprocess.run(**command(*flags(out=tmp_path / "file" / "out")), capture_output=True, text=True)
-    assert done.returncode == 1 and "cannot write into" in done.stderr and "Traceback" not in done.stderr
+    monkeypatch.setattr(sys, "argv", ["train_toy.py", "--out", str(tmp_path / "file" / "out")])
+    with pytest.raises(SystemExit, match="error: cannot write into"):
+        runpy.run_path(train_toy.__file__, run_name="__main__")
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setattr(train_toy.dist, "init_process_group", lambda *_: None)
     with pytest.raises(ValueError, match="batch=15 must be a multiple of the 2 processes"):
@@ -274,10 +297,10 @@ def test_cifar10_trains_from_official_files(tmp_path):
 
 def test_a_box_of_time_sets_the_iterations(tmp_path, capsys):
     """--minutes measures the speed, says and stores how many iterations fit; --resume uses that number."""
-    options = dict(minutes=0.1, out=str(tmp_path), **SMALL)
+    options = dict(minutes=0.04, out=str(tmp_path), **SMALL)
     train_toy.main(**options)
     state, output = training_state(tmp_path), capsys.readouterr().out
-    assert state["seconds"] < 8 and state["step"] == state["iterations"] > 20
+    assert state["seconds"] < 4 and state["step"] == state["iterations"] > 20
     assert "images/s" in output and "iterations in all" in output
     assert state["early"] and not equal(state["early"], state["average"])
     train_toy.main(resume=True, **options)
