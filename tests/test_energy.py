@@ -176,24 +176,16 @@ def test_listing_2_agrees_only_for_one_full_step():
     assert (listing_2(q, k, v, 0.3, 1.0, 1.0, 2) - two).norm() / two.norm() > 0.05
 
 
-def test_tau_per_sample_is_tau_one_sample_at_a_time():
-    """tau of shape (B,) treats each sample as the number would."""
-    q, k, v = draw((3, 2, 5, 8), (3, 2, 7, 8), (3, 2, 7, 8))
-    tau = torch.tensor([0.01, 1.0, 3.0], dtype=torch.float64)
-    settings = dict(alpha=0.8, gamma=0.7, K=2)
-    result = erg.energy_attention(q, k, v, tau=tau, **settings)
-    for i in range(3):
-        alone = erg.energy_attention(q[i:i + 1], k[i:i + 1], v[i:i + 1], tau=tau[i].item(), **settings)
-        torch.testing.assert_close(result[i:i + 1], alone, rtol=0, atol=1e-12)
-
-
-def test_queries_restrict_tau_alone():
-    """With `queries`, the others have tau = 1, while alpha, gamma and K act on all of them (Listing 2)."""
-    q, k, v = draw((2, 3, 6, 8), (2, 3, 6, 8), (2, 3, 6, 8))
-    settings = dict(alpha=0.8, gamma=1.5, K=2)
-    result = erg.energy_attention(q, k, v, tau=0.1, queries=slice(0, 4), **settings)
-    torch.testing.assert_close(result[:, :, :4], erg.energy_attention(q[:, :, :4], k, v, tau=0.1, **settings), rtol=0, atol=1e-12)
-    torch.testing.assert_close(result[:, :, 4:], erg.energy_attention(q[:, :, 4:], k, v, **settings), rtol=0, atol=1e-12)
+def test_tau_per_sample_and_queries_restrict_tau_alone():
+    """tau of shape (B,) treats each sample as the number would; queries left out have tau = 1, with all the rest (Listing 2)."""
+    q, k, v = draw((3, 2, 6, 8), (3, 2, 7, 8), (3, 2, 7, 8))
+    tau, settings = torch.tensor([0.01, 1.0, 3.0], dtype=torch.float64), dict(alpha=0.8, gamma=1.5, K=2)
+    for part in (None, slice(0, 4)):
+        result, n = erg.energy_attention(q, k, v, tau=tau, queries=part, **settings), 4 if part else 6
+        for i in range(3):
+            alone = erg.energy_attention(q[i:i + 1, :, :n], k[i:i + 1], v[i:i + 1], tau=tau[i].item(), **settings)
+            torch.testing.assert_close(result[i:i + 1, :, :n], alone, rtol=0, atol=1e-12)
+        torch.testing.assert_close(result[:, :, n:], erg.energy_attention(q[:, :, n:], k, v, **settings), rtol=0, atol=1e-12)
 
 
 def test_no_query_by_key_matrix_is_kept():

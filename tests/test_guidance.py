@@ -10,6 +10,7 @@ from torch import nn
 
 import erg
 from conftest import random_model
+from test_rectify import run
 from tiny_dit import sample, tokenize
 
 
@@ -121,26 +122,15 @@ def test_guide_is_exact_and_the_same_in_every_parametrization():
 def test_against_the_update_by_hand(model, inputs, tokens, null, batched):
     """CFG, C-ERG, I-ERG (null and same) and ERG equal eq. 10 written out, with one batch as with two passes."""
     x, t = inputs[0], torch.full((4,), 0.6)
-    encoder, condition = model.encoder, model.encoder(tokens)
-    weak = erg.encode(encoder, tokens, tau=0.2, layers=[1])[1]
-    energy = dict(tau_i=0.05, layers=[2, 3], alpha=0.9, gamma=1.2, K=2)
-
-    def rectified(c):
-        with erg.rectify(model, tau=0.05, layers=[2, 3], alpha=0.9, gamma=1.2, K=2):
-            return model(x, t, c)
-
-    positive = model(x, t, condition)
-    cases = [
-        (dict(), model(x, t, encoder(null))),
-        (dict(tau_c=0.2, layers_c=[1]), model(x, t, weak)),
-        (dict(**energy, negative="null"), rectified(encoder(null))),
-        (dict(**energy), rectified(encoder(null))),
-        (dict(**energy, negative="same"), rectified(condition)),
-        (dict(**energy, tau_c=0.2, layers_c=[1]), rectified(weak)),
-    ]
-    for settings, negative in cases:
-        v = step(erg.ERG(w=3.0, batched=batched, **settings), model, x, tokens, null)
-        torch.testing.assert_close(v, 3 * positive - 2 * negative, rtol=0, atol=1e-11)
+    condition, empty = model.encoder(tokens), model.encoder(null)
+    weak = erg.encode(model.encoder, tokens, tau=0.2, layers=[1])[1]
+    settings, c_erg = dict(layers=[2, 3], alpha=0.9, gamma=1.2, K=2), dict(tau_c=0.2, layers_c=[1])
+    i_erg, rectified = dict(settings, tau_i=0.05), lambda c: run(model, (x, t, c), (model, dict(settings, tau=0.05)))
+    for given, negative in ((dict(), model(x, t, empty)), (c_erg, model(x, t, weak)), (i_erg, rectified(empty)),
+                            (dict(i_erg, negative="null"), rectified(empty)), (i_erg | c_erg, rectified(weak)),
+                            (dict(i_erg, negative="same"), rectified(condition))):
+        v = step(erg.ERG(w=3.0, batched=batched, **given), model, x, tokens, null)
+        torch.testing.assert_close(v, 3 * model(x, t, condition) - 2 * negative, rtol=0, atol=1e-11)
 
 
 def test_every_setting_bites(model, inputs, tokens, null):
@@ -151,9 +141,7 @@ def test_every_setting_bites(model, inputs, tokens, null):
                dict(apg=erg.APG(eta=0.5)), dict(apg=erg.APG(norm_threshold=0.05)), dict(tau_c=1.0, layers_c=None),
                dict(tau_c=1.0, layers_c=None, negative="same")]
     results = [step(dataclasses.replace(base, **change), model, inputs[0], tokens, null) for change in changes]
-    for i, a in enumerate(results):
-        for j, b in enumerate(results[:i]):
-            assert (a - b).abs().max() > 1e-6, (i, j)
+    assert all((a - b).abs().max() > 1e-6 for i, a in enumerate(results) for b in results[:i])
 
 
 @pytest.mark.parametrize("kappa", [0.2, 0.3, 0.4, 0.5, 0.7])
@@ -194,21 +182,15 @@ def test_w_one_is_the_positive_prediction(model, inputs, tokens, null):
         torch.testing.assert_close(at(lambda t: 1 + 5 * t, t), at(1 + 5 * t, t))
 
 
-def test_one_null_prompt_serves_all_rows(model, inputs, tokens, null):
-    """A negative condition of a single row is repeated, in one batch as in two passes."""
+def test_the_null_prompt_serves_all_rows_and_may_have_its_own_arguments(model, inputs, tokens, null):
+    """A negative of a single row is repeated; `null` may be all of the encoder's keyword arguments, such as a mask."""
     x, condition, encoded = inputs[0], model.encoder(tokens), model.encoder(null)
-    expected = erg.Guidance(erg.ERG(w=3.0), encoded)(model, x, 0.5, condition)
+    at = lambda negative, **given: erg.Guidance(erg.ERG(w=3.0, **given), negative)(model, x, 0.5, condition)
     for batched in (True, False):
-        v = erg.Guidance(erg.ERG(w=3.0, batched=batched), encoded[:1])(model, x, 0.5, condition)
-        torch.testing.assert_close(v, expected, rtol=0, atol=1e-12)
-
-
-def test_the_null_prompt_may_have_its_own_arguments():
-    """`null` may be a mapping of the encoder's keyword arguments, such as its own attention mask."""
-    encoder = lambda tokens, mask: tokens * mask
-    condition, negative = erg.ERG(w=2.0).encode(encoder, torch.ones(3), mask=torch.ones(3),
-                                                null={"tokens": torch.ones(3), "mask": torch.zeros(3)})
-    assert condition.sum() == 3 and negative.sum() == 0
+        torch.testing.assert_close(at(encoded[:1], batched=batched), at(encoded), rtol=0, atol=1e-12)
+    encoder, ones = lambda tokens, mask: tokens * mask, torch.ones(3)
+    pair = erg.ERG(w=2.0).encode(encoder, ones, mask=ones, null={"tokens": ones, "mask": 0 * ones})
+    assert [y.sum() for y in pair] == [3, 0]
 
 
 def test_an_unconditional_model_and_nested_conditions(inputs):
@@ -345,17 +327,13 @@ def test_what_is_missing_or_cannot_be_guided_is_named(model, tokens, inputs):
 
 def test_presets_are_table_7():
     """The presets hold Table 7's numbers."""
-    sd3 = erg.PRESETS["sd3-medium"]
-    assert (sd3.w, sd3.tau_i, list(sd3.layers), sd3.kappa, sd3.tau_c) == (5.0, 0.01, [6, 7], 0.2, 0.1)
-    assert {name: (layers[0], layers[-1] + 1) for name, layers in sd3.layers_c.items()} == {
-        "openclip-vit-g": (1, 31), "clip-vit-l": (1, 10), "t5-xxl": (1, 22)}
-    text = erg.PRESETS["mmdit-text-to-image"]
-    assert (text.kappa, list(text.layers), text.tau_i, text.tau_c, text.gamma) == (0.4, list(range(10, 17)), 0.01, 0.01, 1.5)
-    assert text.layers_c == {"llama3": range(0, 32), "t5": range(0, 24)}
-    free = erg.PRESETS["mmdit-unconditional"]
-    assert (free.kappa, list(free.layers), free.negative, free.tau_c) == (0.2, list(range(10, 17)), "same", 1.0)
-    classes = erg.PRESETS["dit-xl-2"]
-    assert (classes.kappa, list(classes.layers), classes.tau_i) == (0.3, [12, 13, 14], 0.01)
+    found = {name: (p.w, p.tau_i, p.layers, p.kappa, p.tau_c, p.gamma, p.negative, p.layers_c) for name, p in erg.PRESETS.items()}
+    three = {"openclip-vit-g": range(1, 31), "clip-vit-l": range(1, 10), "t5-xxl": range(1, 22)}
+    assert found == {
+        "mmdit-text-to-image": (5, 0.01, range(10, 17), 0.4, 0.01, 1.5, None, {"llama3": range(0, 32), "t5": range(0, 24)}),
+        "mmdit-unconditional": (3, 0.01, range(10, 17), 0.2, 1, 1, "same", None),
+        "dit-xl-2": (5, 0.01, range(12, 15), 0.3, 1, 1, "null", None),
+        "sd3-medium": (5, 0.01, range(6, 8), 0.2, 0.1, 1, None, three)}
 
 
 def test_presets_run(tokens, null):

@@ -29,9 +29,8 @@ def test_frechet_distance_of_a_set_to_itself_shifted_and_scaled():
 
 def test_frechet_distance_does_not_depend_on_the_basis():
     """A rotation of both sets leaves it as it is, and it is symmetric, also with singular covariances."""
-    generator = torch.Generator().manual_seed(1)
-    x, y = torch.randn(40, 6, generator=generator).double(), 2 + torch.randn(4, 6, generator=generator).double()
-    rotation = torch.linalg.qr(torch.randn(6, 6, generator=generator).double())[0]
+    x, y = two_sets(40, 4)
+    rotation = torch.linalg.qr(two_sets(6, 2)[0])[0]
     value = frechet_distance(x, y)
     assert frechet_distance(x @ rotation, y @ rotation) == pytest.approx(value, rel=1e-6)
     assert frechet_distance(y, x) == pytest.approx(value, rel=1e-6)
@@ -39,8 +38,7 @@ def test_frechet_distance_does_not_depend_on_the_basis():
 
 def test_manifold_metrics_against_loops():
     """Precision, recall, density and coverage agree with their definitions written as loops."""
-    generator = torch.Generator().manual_seed(2)
-    real, fake, k = torch.randn(30, 3, generator=generator).double(), 0.3 + torch.randn(25, 3, generator=generator).double(), 3
+    (real, fake), k = two_sets(30, 25, 3), 3
     ball = lambda points: [sorted((p - q).norm().item() for j, q in enumerate(points) if j != i)[k - 1] for i, p in enumerate(points)]
     inside = [[(r - f).norm().item() < radius for f in fake] for r, radius in zip(real, ball(real))]
     expected = {"precision": sum(map(any, zip(*inside))) / 25, "density": sum(map(sum, inside)) / (k * 25),
@@ -99,10 +97,12 @@ def test_chunks_and_known_radii_change_nothing(chunk):
 
 
 @pytest.mark.parametrize("chunk", [1, 7, None])
-def test_inside_is_strict(chunk):
-    """Two constant sets that are equal have balls of radius 0, which hold nothing: all four metrics are 0."""
+def test_sets_that_are_equal_constant_or_far(chunk):
+    """All is found in a copy of a set. Nothing is in one far away, nor in the balls of radius 0 of equal constants."""
+    real, fake = two_sets()
     x = 5 * torch.randn(1, 8, generator=torch.Generator().manual_seed(0)).double().expand(40, -1)  # not exact in a product
-    assert set(precision_recall_density_coverage(x, x, 5, chunk).values()) == {0.0}
+    for pair, value in (((real, real), 1), ((real, fake + 1e3), 0), ((x, x), 0)):
+        assert set(precision_recall_density_coverage(*pair, 5, chunk).values()) == {value}
 
 
 def test_a_fake_on_the_border_is_outside():
@@ -114,26 +114,15 @@ def test_a_fake_on_the_border_is_outside():
     assert (inside["precision"], inside["density"], inside["coverage"]) == pytest.approx((2 / 3, 2 / 3, 2 / 10))
 
 
-def test_a_set_against_itself_and_a_far_one():
-    """Everything is found in a copy of the real set, density is about 1; nothing is in a set far away."""
-    real, fake = two_sets()
-    same = precision_recall_density_coverage(real, real, 5)
-    assert (same["precision"], same["recall"], same["coverage"], same["density"]) == (1, 1, 1, 1)
-    assert set(precision_recall_density_coverage(real, fake + 1e3, 5).values()) == {0.0}
-
-
 # Saturation
 
 
 def test_saturation_is_the_mean_of_hsv_saturation_times_value():
     """Against colorsys, pixel by pixel; values beyond [-1, 1] are clamped."""
     x = 1.2 * (2 * torch.rand(2, 3, 5, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64) - 1)
-    total = 0
-    for image in x:
-        for pixel in image.flatten(1).T:
-            _, s, v = colorsys.rgb_to_hsv(*((pixel + 1) / 2).clamp(0, 1).tolist())
-            total += s * v
-    assert saturation(x) == pytest.approx(total / 40)
+    pixels = ((x + 1) / 2).clamp(0, 1).movedim(1, -1).reshape(-1, 3).tolist()
+    hsv = [colorsys.rgb_to_hsv(*pixel) for pixel in pixels]
+    assert saturation(x) == pytest.approx(sum(s * v for _, s, v in hsv) / len(hsv))
 
 
 def test_saturation_of_colours():

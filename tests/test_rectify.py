@@ -209,14 +209,14 @@ def test_the_context_opened_last_is_applied_first():
 
 def test_threads_do_not_mix(model, inputs):
     """A context acts in its own thread alone, and each counts its own layers."""
-    work = lambda layer: run(model, inputs, (model, dict(tau=0.1, layers=[layer]))) if layer else model(*inputs)
+    work = lambda layer: run(model, inputs, (None, dict(tau=0.1, layers=[layer]))) if layer else model(*inputs)
     layers = (1, 4, None)
+    expected = [work(layer) for layer in layers]
     with ThreadPoolExecutor(3) as pool, erg.rectify(model, tau=0.5, layers=[2]):
         model(*inputs)
         futures = [pool.submit(lambda layer=layer: [work(layer) for _ in range(30)]) for layer in layers]
         results = [future.result() for future in futures]
-    for layer, made in zip(layers, results):
-        assert all(torch.equal(result, work(layer)) for result in made)
+    assert all(torch.equal(result, one) for one, made in zip(expected, results) for result in made)
 
 
 def test_a_model_inside_itself():

@@ -17,7 +17,7 @@ import torch
 import sample_toy
 import train_toy
 from tiny_dit import Config, tokenize
-from toy import data
+from toy import data, drawing
 from toy.sampling import load_checkpoint
 
 ROOT = Path(train_toy.__file__).resolve().parent
@@ -32,6 +32,13 @@ def tiny():
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(train_toy.RECIPES, "digits", TINY)
         yield
+
+
+@pytest.fixture(autouse=True)
+def no_pictures(monkeypatch):
+    """Pictures take as long as these trainings: only `finished`, which is made before, draws them."""
+    monkeypatch.setattr(drawing, "draw_grid", lambda *given: None)
+    monkeypatch.setattr(train_toy, "draw_loss", lambda *given: None)
 
 
 def process(first="", environment=(), **options):
@@ -58,54 +65,40 @@ def equal(a, b):
 
 def same_training(a, b):
     keys = ("step", "curve", "model", "average", "optimizer", "early", "settings")
-    return all(equal(a[key], b[key]) for key in keys)
+    return all(equal(training_state(a)[key], training_state(b)[key]) for key in keys)
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """The folder of one short training that nothing disturbed."""
+    """The folder of one short training that nothing disturbed, and its table."""
     out = tmp_path_factory.mktemp("finished")
     torch.set_num_threads(1)
-    table = train_toy.main(iterations=60, out=str(out), **SMALL)
-    return out, table
-
-
-# Training
+    return out, train_toy.main(iterations=60, out=str(out), **SMALL)
 
 
 def test_the_whole_job_writes_everything(finished):
-    """One call trains, compares and writes weights, an early model, pictures and the table."""
-    out, table = finished
+    """One call trains, compares and writes weights, an early model, pictures and the table; the loss falls."""
+    (out, table), state = finished, training_state(finished[0])
     assert set(table) == {"held out", "no guidance", "CFG", "ERG"}
     for row in table.values():
         assert set(row) == {"frechet", "precision", "recall", "density", "coverage", "prompt"}
-        assert all(math.isfinite(value) for value in row.values())
-    for name in ("digits.png", "digits-loss.png"):
-        assert (out / name).read_bytes().startswith(b"\x89PNG")
+        assert all(map(math.isfinite, row.values()))
+    assert all((out / name).read_bytes().startswith(b"\x89PNG") for name in ("digits.png", "digits-loss.png"))
     assert json.loads((out / "digits.json").read_text())["table"] == table
-    model, _, reference, notes = load_checkpoint(out / "digits.pt")
+    for name, key in (("digits", "average"), ("digits-early", "early")):
+        model, _, reference, notes = load_checkpoint(out / f"{name}.pt")
+        assert all(torch.equal(value, state[key][name].half().float()) for name, value in model.state_dict().items())
+    assert not equal(state["early"], state["average"])
     assert reference.shape[1] == 64 and notes["table"] == table
     assert notes["options"]["iterations"] == notes["step"] == notes["iterations"] == 60
-    average = training_state(out)["average"]
-    assert all(torch.equal(value, average[name].half().float()) for name, value in model.state_dict().items())
-    early, *_ = load_checkpoint(out / "digits-early.pt")
-    state = training_state(out)["early"]
-    assert all(torch.equal(value, state[name].half().float()) for name, value in early.state_dict().items())
-    assert not equal(early.state_dict(), model.state_dict())
-
-
-def test_training_learns(finished):
-    """The loss falls, and its curve has a column for each bin of t."""
-    curve = training_state(finished[0])["curve"]
-    assert curve.shape == (6, train_toy.BINS)
-    assert curve[-1].nanmean() < 0.9 * curve[0].nanmean()
+    curve = state["curve"]
+    assert curve.shape == (6, train_toy.BINS) and curve[-1].nanmean() < 0.9 * curve[0].nanmean()
 
 
 @pytest.fixture
 def averaged(tmp_path, monkeypatch):
-    """A function of options that trains without the table and the pictures, and returns the averaged weights."""
+    """A function of options that trains without the table, and returns the averaged weights."""
     monkeypatch.setattr(train_toy, "compare", lambda *given, **named: {})
-    monkeypatch.setattr(train_toy, "draw_loss", lambda *given: None)
 
     def train(**options):
         train_toy.main(out=str(tmp_path), **{**SMALL, "iterations": 12, "batch": 8, "save_every": 0, **options})
@@ -118,9 +111,8 @@ def test_ema_is_the_average_of_the_weights(averaged, monkeypatch):
     seen, original = [], torch._foreach_lerp_
 
     def record(averages, models, weight):
-        before = averages[0].clone()
+        expected = averages[0] + weight * (models[0].detach() - averages[0])
         original(averages, models, weight)
-        expected = before + weight * (models[0].detach() - before)
         seen.append(((expected - averages[0]).abs().max().item(), weight))
 
     monkeypatch.setattr(torch, "_foreach_lerp_", record)
@@ -154,27 +146,21 @@ def test_batches_hold_what_the_recipe_says():
     images.name, images.attributes = "cifar10", {"object": tuple(data.OBJECTS)}
     images.pixels = torch.arange(8, dtype=torch.uint8).expand(len(images), 3, 8, 8)  # brighter to the right
     config = Config(vocabulary=images.vocabulary)
-    tables = train_toy.caption_tables(images, config)
+    tables, mean = train_toy.caption_tables(images, config), lambda y: y.double().mean().item()
     draw = lambda step: train_toy.draw_batch(images, tables, train_toy.RECIPES["cifar10"], 4000, 0, step)
     x, tokens, t, noise = draw(3)
     assert equal(draw(3), (x, tokens, t, noise)) and not torch.equal(draw(4)[0], x)
-    assert (tokens == 0).all(1).double().mean().item() == pytest.approx(0.1, abs=0.02)
     alone = tokenize([f"a {word}" for word in data.OBJECTS], config)
-    share = (tokens[:, None] == alone).all(2).any(1).double().mean().item()
-    assert share == pytest.approx(0.1, abs=0.02)
-    assert (x[:, 0, 0, 0] > x[:, 0, 0, -1]).double().mean().item() == pytest.approx(0.5, abs=0.03)  # mirrored
+    assert mean((tokens == 0).all(1)) == pytest.approx(0.1, abs=0.02)
+    assert mean((tokens[:, None] == alone).all(2).any(1)) == pytest.approx(0.1, abs=0.02)
+    assert mean(x[:, 0, 0, 0] > x[:, 0, 0, -1]) == pytest.approx(0.5, abs=0.03)  # mirrored
     assert tables[0].shape == (10, config.caption_length) and t.shape == (4000,) and noise.shape == x.shape
 
 
 KILL = """
-def stop(name, at, calls=[]):
-    plain = getattr(os if name == "fsync" else train_toy, name)
-    def wrapper(*given):
-        calls.append(given)
-        if len(calls) == at:
-            os.kill(os.getpid(), 9)
-        return plain(*given)
-    setattr(os if name == "fsync" else train_toy, name, wrapper)
+def stop(module, name, at, calls=[]):
+    plain = getattr(module, name)
+    setattr(module, name, lambda *given: calls.append(1) or (len(calls) == at and os.kill(os.getpid(), 9)) or plain(*given))
 """
 
 
@@ -182,33 +168,26 @@ def test_kill_at_any_moment_and_resume(finished, tmp_path):
     """After two kill -9, in a step and in a save, and two --resume, the state is that of an undisturbed run."""
     options = dict(iterations=60, out=str(tmp_path), **SMALL)
     # a start writes one file, and a save four, of which the training's state is the first
-    for moment, resume, step in (("'draw_batch', 16", False, 10), ("'fsync', 1 + 4 + 1", True, 20)):
+    for moment, resume, step in (("train_toy, 'draw_batch', 16", False, 10), ("os, 'fsync', 1 + 4 + 1", True, 20)):
         killed = process(KILL + f"stop({moment})", resume=resume, **options)
         _, errors = killed.communicate(timeout=100)
         assert killed.returncode == -signal.SIGKILL, errors
         assert training_state(tmp_path)["step"] == step
     train_toy.main(resume=True, **options)
-    assert same_training(training_state(tmp_path), training_state(finished[0]))
+    assert same_training(tmp_path, finished[0])
 
 
 def test_ctrl_c_saves_and_says_how_to_go_on(finished, tmp_path, monkeypatch, capsys):
     """Ctrl-C ends between two steps with a checkpoint; going on gives the undisturbed run."""
-    draw = train_toy.draw_batch
-
-    def interrupted(*arguments):
-        if arguments[-1] == 25:
-            os.kill(os.getpid(), signal.SIGINT)
-        return draw(*arguments)
-
-    options = dict(iterations=60, out=str(tmp_path), **{**SMALL, "save_every": 0})
+    draw, options = train_toy.draw_batch, dict(iterations=60, out=str(tmp_path), **{**SMALL, "save_every": 0})
+    press = lambda *given: given[-1] == 25 and os.kill(os.getpid(), signal.SIGINT) or draw(*given)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(train_toy, "draw_batch", interrupted)
+        patch.setattr(train_toy, "draw_batch", press)
         train_toy.main(**options)
     assert training_state(tmp_path)["step"] == 30  # the next logged step
-    output = capsys.readouterr().out
-    assert "To go on, give the same command with --resume" in output
+    assert "To go on, give the same command with --resume" in capsys.readouterr().out
     train_toy.main(resume=True, **options)
-    assert same_training(training_state(tmp_path), training_state(finished[0]))
+    assert same_training(tmp_path, finished[0])
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
@@ -260,35 +239,31 @@ def test_bad_numbers_show_before_the_training(tmp_path, wrong, message):
     assert message in str(error.value) and not (tmp_path / "out").exists()
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, monkeypatch):
+def test_a_loss_that_is_not_finite_stops_the_run(averaged, tmp_path, monkeypatch):
     """A diverging run ends with the step and the remedy, and keeps the last good checkpoint."""
     loss = train_toy.flow_matching_loss
     monkeypatch.setattr(train_toy, "flow_matching_loss", lambda *given: loss(*given) * float("nan"))
     with pytest.raises(FloatingPointError, match="the loss is nan at step 10; try a smaller --lr"):
-        train_toy.main(iterations=60, out=str(tmp_path), **SMALL)
+        averaged(iterations=60, save_every=10)
     assert not (tmp_path / "digits-training.pt").exists()
 
 
-def test_cifar10_trains_from_official_files(tmp_path):
+def test_cifar10_trains_from_official_files(tmp_path, monkeypatch):
     """CIFAR-10 in its binary layout trains, resumes and samples by caption."""
-    folder = tmp_path / "cifar-10-batches-bin"
-    folder.mkdir()
-    generator = torch.Generator().manual_seed(0)
+    (tmp_path / "cifar-10-batches-bin").mkdir()
     for name in [f"data_batch_{i}.bin" for i in range(1, 6)] + ["test_batch.bin"]:
-        records = torch.randint(256, (20, 3073), generator=generator, dtype=torch.uint8)
+        records = torch.randint(256, (20, 3073), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
         records[:, 0] %= 10
-        (folder / name).write_bytes(records.numpy().tobytes())
-    with pytest.MonkeyPatch.context() as patch:
-        small = dict(image_size=32, patch=8, width=16, depth=6, heads=2)
-        recipe = dataclasses.replace(train_toy.RECIPES["cifar10"], model=small)
-        patch.setitem(train_toy.RECIPES, "cifar10", recipe)
-        options = dict(dataset="cifar10", data_dir=str(tmp_path), out=str(tmp_path / "out"),
-                       **{**SMALL, "classifier_iterations": 1})
-        table = train_toy.main(iterations=20, **options)
-        assert train_toy.main(iterations=20, resume=True, **options) == table
-    _, classifier, *_ = load_checkpoint(tmp_path / "out" / "cifar10.pt")
+        (tmp_path / "cifar-10-batches-bin" / name).write_bytes(records.numpy().tobytes())
+    small = dict(image_size=32, patch=8, width=16, depth=6, heads=2)
+    recipe = dataclasses.replace(train_toy.RECIPES["cifar10"], model=small)
+    monkeypatch.setitem(train_toy.RECIPES, "cifar10", recipe)
+    options = dict(dataset="cifar10", data_dir=str(tmp_path), out=str(tmp_path), **{**SMALL, "classifier_iterations": 1})
+    table = train_toy.main(iterations=20, **options)
+    assert train_toy.main(iterations=20, resume=True, **options) == table
+    _, classifier, *_ = load_checkpoint(tmp_path / "cifar10.pt")
     assert classifier.network == "residual" and classifier(torch.zeros(2, 3, 32, 32))[0].shape == (2, 10)
-    images = sample_toy.main(prompt="a horse", dataset="cifar10", out=options["out"], count=2, steps=2)
+    images = sample_toy.main(prompt="a horse", dataset="cifar10", out=str(tmp_path), count=2, steps=2)
     assert images.shape == (2, 3, 32, 32)
 
 
