@@ -559,24 +559,19 @@ def test_a_forward_that_is_replaced_in_the_context():
     same(model(X), chain(X, [1]))
 
 
-def test_a_patch_that_is_undone_late(monkeypatch):
-    """Somebody's replacement of the function, made in a context and undone after it, does no harm."""
+def test_functions_of_the_user():
+    """A user's kernel is used, and takes what is no tensor by name; a patch undone after the context does no harm."""
     plain = F.scaled_dot_product_attention
-    with erg.rectify(tau=0.1):
-        monkeypatch.setattr(F, "scaled_dot_product_attention", lambda q, k, v, **options: v)
-        same(Text()(X), 2 * X)
-        monkeypatch.setattr(F, "scaled_dot_product_attention", erg._attend)
-        Text()(X)
-    F.scaled_dot_product_attention = erg._attend  # as an undone patch leaves it
-    same(Text()(X), chain(X, [1]))
-    with erg.rectify(tau=0.1):
-        result = Text()(X)
-    same(result, chain(X, [0.1]))
-    F.scaled_dot_product_attention = plain
-    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda q, k, v, **options: plain(q, k, v, **options))
-    with erg.rectify(tau=0.1):  # a kernel of the user's, which takes the rest by name
-        result = Text()(X)
-    same(result, chain(X, [0.1]))
+    try:
+        F.scaled_dot_product_attention = lambda q, k, v, **options: plain(q, k, v, **options)
+        same(run(Text(), (X,), (None, dict(tau=0.1))), chain(X, [0.1]))
+        F.scaled_dot_product_attention = plain
+        same(run(Text(), (X,), (None, dict(tau=0.1))), chain(X, [0.1]))
+        F.scaled_dot_product_attention = erg._attend  # as a patch leaves it that was begun inside the context
+        same(Text()(X), chain(X, [1]))
+        same(run(Text(), (X,), (None, dict(tau=0.1))), chain(X, [0.1]))
+    finally:
+        F.scaled_dot_product_attention = plain
 
 
 def test_whole_numbers_of_numpy(model, inputs):
