@@ -142,9 +142,9 @@ def project(v, onto):
 
 # ---- 4. Rectifying the attention of any model --------------------------------------------------------------
 #
-# During a rectified forward, `_attend` stands in the place of F.scaled_dot_product_attention. It numbers each
-# call, and has the chosen ones answered by energy attention. So queries are reached after QK-norm and rotary
-# embedding, where the paper tempers them, in models that know nothing of it.
+# While a context is open, `_attend` stands in the place of F.scaled_dot_product_attention. It numbers the calls
+# of each forward, and has the chosen ones answered by energy attention. So queries are reached after QK-norm and
+# rotary embedding, where the paper tempers them, in models that know nothing of it.
 
 
 class _Thread(threading.local):
@@ -154,7 +154,7 @@ class _Thread(threading.local):
 
 
 _thread = _Thread()
-_lock = threading.Lock()
+_lock = threading.RLock()
 _open = []  # an entry for each open context, of any thread; the first one says what to put back
 _plain, _plain_multi_head = F.scaled_dot_product_attention, F.multi_head_attention_forward
 
@@ -183,6 +183,9 @@ def _multi_head(*args, **kwargs):
     return _plain_multi_head(*args, **kwargs)
 
 
+_disabled = functools.cache(lambda function: torch.compiler.disable(function))
+
+
 @functools.lru_cache(maxsize=1)
 def _holders(function, modules):
     """Globals of modules that imported the function by name. `modules`, their number, renews the cache."""
@@ -200,10 +203,11 @@ def _replaced():
         if not _open:
             if F.scaled_dot_product_attention is not _attend:  # it is after a patch that was undone too late
                 _plain = F.scaled_dot_product_attention
-            if F.multi_head_attention_forward is not _uncompiled(_multi_head):
-                _plain_multi_head = F.multi_head_attention_forward
+            _plain_multi_head, ours = F.multi_head_attention_forward, _multi_head
+            if "torch._dynamo" in sys.modules:  # which would trace it as one call, and miss the attention in it
+                ours = _disabled(_multi_head)
             places = [(vars(F), "scaled_dot_product_attention", _plain, _attend),
-                      (vars(F), "multi_head_attention_forward", _plain_multi_head, _uncompiled(_multi_head))]
+                      (vars(F), "multi_head_attention_forward", _plain_multi_head, ours)]
             for space in [vars(sys.modules["__main__"]), *_holders(_plain, len(sys.modules))]:
                 places += [(space, name, _plain, _attend) for name, value in list(space.items())
                            if value is _plain and name != "_plain"]
@@ -222,16 +226,6 @@ def _replaced():
                     if space.get(name) is ours:  # else somebody has replaced it meanwhile
                         space[name] = plain
             _open.pop()
-
-
-@functools.cache
-def _disabled(function):
-    return torch.compiler.disable(function)
-
-
-def _uncompiled(function):
-    """The function, which Dynamo is not to trace; without asking for Dynamo, whose import takes a second."""
-    return _disabled(function) if "torch._dynamo" in sys.modules else function
 
 
 class _Rectifier:
