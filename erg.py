@@ -142,9 +142,9 @@ def project(v, onto):
 
 # ---- 4. Rectifying the attention of any model --------------------------------------------------------------
 #
-# While a context is open, `_attend` stands in the place of F.scaled_dot_product_attention. It numbers the calls
-# of each forward, and has the chosen ones answered by energy attention. So queries are reached after QK-norm and
-# rotary embedding, where the paper tempers them, in models that know nothing of it.
+# While a context is open, `_attend` stands in the place of F.scaled_dot_product_attention. It numbers the
+# calls of each forward, and has the chosen ones answered by energy attention. So queries are reached after
+# QK-norm and rotary embedding, where the paper tempers them, in models that know nothing of it.
 
 
 class _Thread(threading.local):
@@ -204,7 +204,7 @@ def _replaced():
             if F.scaled_dot_product_attention is not _attend:  # it is after a patch that was undone too late
                 _plain = F.scaled_dot_product_attention
             _plain_multi_head, ours = F.multi_head_attention_forward, _multi_head
-            if "torch._dynamo" in sys.modules:  # which would trace it as one call, and miss the attention in it
+            if "torch._dynamo" in sys.modules:  # which would make one call of it, and hide the attention
                 ours = _disabled(_multi_head)
             places = [(vars(F), "scaled_dot_product_attention", _plain, _attend),
                       (vars(F), "multi_head_attention_forward", _plain_multi_head, ours)]
