@@ -267,9 +267,6 @@ def test_cifar10_trains_from_official_files(tmp_path, monkeypatch):
     assert images.shape == (2, 3, 32, 32)
 
 
-# A box of time
-
-
 def test_a_box_of_time_sets_the_iterations(tmp_path, capsys):
     """--minutes measures the speed, says and stores how many iterations fit; --resume uses that number."""
     options = dict(minutes=0.04, out=str(tmp_path), **SMALL)
