@@ -39,9 +39,6 @@ def listing_2(q, k, v, tau, alpha, gamma, K):
     return q
 
 
-# The energy
-
-
 @pytest.mark.parametrize("tau, alpha, beta", [(1.0, 1.0, None), (0.1, 1.0, None), (3.0, 0.5, 1.0), (0.7, -2.0, 0.3)])
 def test_step_is_the_gradient_of_the_energy(tau, alpha, beta):
     """hopfield_step moves by -gamma times autograd's gradient of hopfield_energy, to 1e-12."""
@@ -82,9 +79,6 @@ def test_retrieval():
     for _ in range(3):
         xi = erg.hopfield_step(xi, X, tau=8.0)
     torch.testing.assert_close(xi, X, rtol=0, atol=1e-3)
-
-
-# Energy attention: limits and identities
 
 
 @pytest.mark.parametrize("options", [{}, {"is_causal": True}, {"scale": 0.3}, {"attn_mask": torch.ones(6, 6).tril().bool()},

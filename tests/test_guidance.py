@@ -29,9 +29,6 @@ def step(settings, model, x, tokens, null, t=0.6):
     return erg.Guidance(settings, negative)(model, x, t, condition)
 
 
-# C-ERG
-
-
 class Projected(nn.Module):
     """Attention whose queries come from a module, and then perhaps go through a norm."""
 
@@ -85,12 +82,6 @@ def test_a_weak_encoding_equal_to_the_strong_one_is_an_error(encoder):
         erg.encode(type(encoder)(), x, tau=0.1)
 
 
-def test_c_erg_layers_bite(model, tokens):
-    """Every choice of encoder layers gives another weak encoding."""
-    weak = [erg.encode(model.encoder, tokens, tau=0.1, layers=layers)[1] for layers in ([0], [1], [2], None)]
-    assert all((a - b).abs().max() > 1e-4 for i, a in enumerate(weak) for b in weak[:i])
-
-
 def test_the_weak_encoding_is_all_that_the_encoder_returns():
     """Nested outputs keep their structure, pooled vectors included."""
     class Two(nn.Module):
@@ -102,9 +93,6 @@ def test_the_weak_encoding_is_all_that_the_encoder_returns():
     strong, weak = erg.encode(Two().eval(), x, tau=0.0)
     torch.testing.assert_close(weak["pooled"][0], x.mean(2))
     assert (strong["pooled"][0] - weak["pooled"][0]).abs().max() > 1e-3 and weak["pooled"][1] is None
-
-
-# The update (eq. 10)
 
 
 def test_guide_is_exact_and_the_same_in_every_parametrization():
@@ -136,7 +124,7 @@ def test_against_the_update_by_hand(model, inputs, tokens, null, batched):
 def test_every_setting_bites(model, inputs, tokens, null):
     """Changing any one setting changes the guided velocity."""
     base = erg.ERG(w=3.0, tau_i=0.1, layers=[2, 3], kappa=0.2, tau_c=0.3, layers_c=[1])
-    changes = [dict(), dict(w=2.0), dict(tau_i=0.01), dict(layers=[2]), dict(kappa=0.7), dict(tau_c=0.1), dict(layers_c=[0]),
+    changes = [dict(), dict(w=2.0), dict(tau_i=0.01), dict(layers=[2]), dict(kappa=0.7), dict(tau_c=0.1), *(dict(layers_c=n) for n in ([0], [2], None)),
                dict(alpha=0.8), dict(gamma=1.5), dict(K=2), dict(queries=slice(0, 16)), dict(apg=erg.APG()),
                dict(apg=erg.APG(eta=0.5)), dict(apg=erg.APG(norm_threshold=0.05)), dict(tau_c=1.0, layers_c=None),
                dict(tau_c=1.0, layers_c=None, negative="same")]
@@ -201,19 +189,13 @@ def test_an_unconditional_model_and_nested_conditions(inputs):
             h = x.flatten(2)[:, None]
             return x + F.scaled_dot_product_attention(h, h, h)[:, 0].view_as(x)
 
-    x, settings = inputs[0], erg.ERG(w=2.0, tau_i=0.0, kappa=0.2, negative="same")
-    model = Unconditional().eval()
-    v = erg.Guidance(settings)(model, x, 0.5)
+    x, model, ones = inputs[0], Unconditional().eval(), torch.ones(4, dtype=torch.float64)
+    v = erg.Guidance(erg.ERG(w=2.0, tau_i=0.0, kappa=0.2, negative="same"))(model, x, 0.5)
     weak = x + x.flatten(2).mean(1, keepdim=True).expand(-1, 3, -1).reshape(x.shape)
     torch.testing.assert_close(v, 2 * model(x, 0.5, None) - weak)
-
-    def nested(x, t, condition):
-        return x * condition["scale"][:, None, None, None] + condition["pair"][0].view(-1, 1, 1, 1)
-
-    ones = torch.ones(4, dtype=torch.float64)
+    nested = lambda x, t, c: x * c["scale"][:, None, None, None] + c["pair"][0].view(-1, 1, 1, 1)
     positive, negative = ({"scale": s * ones, "pair": (p * ones, None)} for s, p in ((2, 1), (1, 0)))
-    v = erg.Guidance(erg.ERG(w=3.0), negative)(nested, x, 0.5, positive)
-    torch.testing.assert_close(v, 3 * (2 * x + 1) - 2 * x)
+    torch.testing.assert_close(erg.Guidance(erg.ERG(w=3.0), negative)(nested, x, 0.5, positive), 3 * (2 * x + 1) - 2 * x)
 
 
 def test_the_whole_of_sampling_is_batch_independent(model, inputs, tokens, null):
@@ -230,9 +212,6 @@ def test_the_whole_of_sampling_is_batch_independent(model, inputs, tokens, null)
     assert (first - second).abs().max() > 1e-4  # APG's momentum acts from the second step on
 
 
-# APG (appendix D)
-
-
 def test_apg_against_the_formulas_written_out():
     """Momentum, clip, project on the positive, per sample over all other dimensions, in this order."""
     apg = erg.APG(momentum=-0.5, eta=0.25, norm_threshold=2.0)
@@ -245,6 +224,10 @@ def test_apg_against_the_formulas_written_out():
             d = momentum[b] * min(1.0, 2.0 / momentum[b].norm())
             parallel = (d * p[b]).sum() / (p[b] * p[b]).sum() * p[b]
             torch.testing.assert_close(x1[b], p[b] + 3.0 * (d - parallel + 0.25 * parallel), rtol=1e-11, atol=1e-11)
+    parallel, rest = erg.project(p, n)  # two parts, one along the target, the other at right angles to it
+    torch.testing.assert_close(parallel + rest, p)
+    torch.testing.assert_close((rest * n).flatten(1).sum(1), torch.zeros(2).double(), rtol=0, atol=1e-12)
+    torch.testing.assert_close(erg.project(parallel, n)[0], parallel)
 
 
 def test_apg_guides_in_data_space(model, inputs, tokens, null):
@@ -268,18 +251,6 @@ def test_apg_in_half_precision_does_not_cancel():
     v = erg.Guidance(settings, torch.zeros(2))(model, x, 0.98, torch.ones(2))
     expected = 2 * v_pos.float() - v_neg.float()
     assert v.dtype == torch.bfloat16 and (v.float() - expected).norm() / expected.norm() < 0.01
-
-
-def test_project_splits_into_orthogonal_parts():
-    """The parts sum to the whole, one is along the target, the other at right angles to it."""
-    v, onto = torch.randn(2, 3, 4, 5, dtype=torch.float64)
-    parallel, orthogonal = erg.project(v, onto)
-    torch.testing.assert_close(parallel + orthogonal, v)
-    torch.testing.assert_close((orthogonal * onto).sum((1, 2)), torch.zeros(3, dtype=torch.float64), rtol=0, atol=1e-12)
-    torch.testing.assert_close(erg.project(parallel, onto)[0], parallel)
-
-
-# Settings
 
 
 @pytest.mark.parametrize("wrong, message", [

@@ -18,22 +18,16 @@ def two_sets(n=60, m=45, dimensions=6, seed=4):
     return real, 0.4 + 1.1 * torch.randn(m, dimensions, generator=generator, dtype=torch.float64) @ mix
 
 
-def test_frechet_distance_of_a_set_to_itself_shifted_and_scaled():
-    """It is 0 to itself, |s|^2 after a shift s, and sum (sqrt l_i (1 - c))^2 after scaling by c about the mean."""
+def test_frechet_distance_of_sets_shifted_scaled_and_rotated():
+    """It is 0 to itself, |s|^2 after a shift s, sum (sqrt l_i (1 - c))^2 after scaling by c; it is symmetric, in every basis."""
     x = torch.randn(500, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64) @ torch.diag(torch.arange(1., 7).double())
     assert frechet_distance(x, x) == pytest.approx(0, abs=1e-9)
     assert frechet_distance(x, x + 3) == pytest.approx(6 * 9, rel=1e-9)
     centred = x - x.mean(0)
     assert frechet_distance(centred, 0.25 * centred) == pytest.approx(0.75**2 * x.T.cov().trace().item(), rel=1e-9)
-
-
-def test_frechet_distance_does_not_depend_on_the_basis():
-    """A rotation of both sets leaves it as it is, and it is symmetric, also with singular covariances."""
-    x, y = two_sets(40, 4)
-    rotation = torch.linalg.qr(two_sets(6, 2)[0])[0]
-    value = frechet_distance(x, y)
-    assert frechet_distance(x @ rotation, y @ rotation) == pytest.approx(value, rel=1e-6)
-    assert frechet_distance(y, x) == pytest.approx(value, rel=1e-6)
+    (x, y), rotation = two_sets(40, 4), torch.linalg.qr(two_sets(6, 2)[0])[0]  # a singular covariance
+    for pair in ((x @ rotation, y @ rotation), (y, x)):
+        assert frechet_distance(*pair) == pytest.approx(frechet_distance(x, y), rel=1e-6)
 
 
 def test_manifold_metrics_against_loops():
@@ -54,9 +48,6 @@ def test_coverage_has_its_expected_value():
     coverage = sum(precision_recall_density_coverage(*torch.randn(2, n, 4, generator=generator), k)["coverage"] for _ in range(8)) / 8
     expected = 1 - torch.tensor([(n - i) / (2 * n - i) for i in range(1, k + 1)]).prod().item()
     assert coverage == pytest.approx(expected, abs=0.01)
-
-
-# Other libraries
 
 
 def test_manifold_metrics_agree_with_prdc():
@@ -82,9 +73,6 @@ def test_frechet_distance_agrees_with_torchmetrics():
         metric.update(part, real=False)
     assert frechet_distance(real, fake) == pytest.approx(metric.compute().item(), rel=1e-6)
     assert frechet_distance(real, fake) > 0.1
-
-
-# Chunks, and what counts as inside
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 60, 1000])
@@ -114,29 +102,15 @@ def test_a_fake_on_the_border_is_outside():
     assert (inside["precision"], inside["density"], inside["coverage"]) == pytest.approx((2 / 3, 2 / 3, 2 / 10))
 
 
-# Saturation
-
-
 def test_saturation_is_the_mean_of_hsv_saturation_times_value():
-    """Against colorsys, pixel by pixel; values beyond [-1, 1] are clamped."""
+    """Against colorsys, pixel by pixel; 0 for greys, 1 for pure colours; values beyond [-1, 1] are clamped."""
     x = 1.2 * (2 * torch.rand(2, 3, 5, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64) - 1)
-    pixels = ((x + 1) / 2).clamp(0, 1).movedim(1, -1).reshape(-1, 3).tolist()
-    hsv = [colorsys.rgb_to_hsv(*pixel) for pixel in pixels]
+    hsv = [colorsys.rgb_to_hsv(*pixel) for pixel in ((x + 1) / 2).clamp(0, 1).movedim(1, -1).reshape(-1, 3).tolist()]
     assert saturation(x) == pytest.approx(sum(s * v for _, s, v in hsv) / len(hsv))
-
-
-def test_saturation_of_colours():
-    """0 for every grey, black and white included; 1 for pure colours; faint noise on black is faint."""
-    colour = lambda *rgb: (2 * torch.tensor(rgb).view(1, 3, 1, 1) - 1.0).expand(2, 3, 4, 4)
-    for grey in (0.0, 0.3, 1.0):
-        assert saturation(colour(grey, grey, grey)) == 0
-    for pure in ((1, 0, 0), (0, 1, 1), (0, 0, 1)):
-        assert saturation(colour(*pure)) == 1
-    assert saturation(colour(1.0, 0.5, 0.5)) == 0.5
-    assert saturation(colour(0.01, 0.0, 0.0)) == pytest.approx(0.01, abs=1e-6)  # HSV saturation alone would be 1
-
-
-# Mean rank
+    for *rgb, value in ((0, 0, 0, 0), (0.3, 0.3, 0.3, 0), (1, 1, 1, 0), (1, 0, 0, 1), (0, 1, 1, 1), (0, 0, 1, 1), (1, 0.5, 0.5, 0.5)):
+        assert saturation((2 * torch.tensor(rgb).view(1, 3, 1, 1) - 1.0).expand(2, 3, 4, 4)) == value
+    faint = torch.tensor([-0.98, -1, -1]).view(1, 3, 1, 1)  # noise on black: HSV saturation alone would be 1
+    assert saturation(faint) == pytest.approx(0.01, abs=1e-6)
 
 
 def test_mean_ranks_by_hand():
@@ -149,6 +123,9 @@ def test_mean_ranks_by_hand():
     assert mean_ranks(rows, ["frechet", "recall", "coverage"]) == pytest.approx([5.5 / 3, 6 / 3, 6.5 / 3])
     assert mean_ranks(rows[:1] * 4, ["recall", "frechet"]) == [2.5] * 4  # all tie
     assert mean_ranks(rows[:1], ["recall"]) == [1]
+    for metric in "precision recall density coverage prompt digit ink paper object".split():  # the higher, the better
+        rows = [{metric: value, "frechet": -value} for value in (0.1, 0.3, 0.2)]
+        assert mean_ranks(rows, [metric]) == mean_ranks(rows, ["frechet"]) == [3, 1, 2]
 
 
 def test_mean_ranks_depend_on_order_alone():
@@ -159,16 +136,6 @@ def test_mean_ranks_depend_on_order_alone():
     assert sum(ranks) == pytest.approx(9 * 10 / 2)
     assert mean_ranks([dict(frechet=a**3, prompt=5 * b - 2) for a, b in values], metrics) == ranks
     assert mean_ranks(rows[::-1], metrics) == ranks[::-1]
-
-
-def test_directions():
-    """All but the Frechet distance are better the higher."""
-    for metric in "precision recall density coverage prompt digit ink paper object".split():
-        rows = [{metric: value, "frechet": -value} for value in (0.1, 0.3, 0.2)]
-        assert mean_ranks(rows, [metric]) == mean_ranks(rows, ["frechet"]) == [3, 1, 2]
-
-
-# Bad input
 
 
 MANIFOLD, FRECHET = precision_recall_density_coverage, frechet_distance
@@ -196,9 +163,6 @@ def test_bad_arguments_are_named(call, message):
     with pytest.raises(ValueError) as error:
         call()
     assert message in str(error.value)
-
-
-# The classifier
 
 
 @pytest.mark.parametrize("network, size, most", [("plain", 8, 0.15e6), ("plain", 28, 0.15e6), ("residual", 32, 0.5e6)])

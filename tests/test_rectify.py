@@ -150,7 +150,7 @@ def test_self_and_cross_attention_are_numbered_apart(length):
 @pytest.mark.parametrize("error", [ZeroDivisionError, KeyboardInterrupt])
 @pytest.mark.parametrize("where", ["body", "forward"])
 def test_the_model_and_torch_are_left_as_they_were(model, inputs, error, where):
-    """Afterwards outputs, state and functions are what they were; also after an exception or an interrupt."""
+    """Afterwards outputs, state and functions are what they were; also after an exception or an interrupt. A copy is ordinary."""
     plain, before = model(*inputs), {name: value.clone() for name, value in model.state_dict().items()}
 
     def spoil(*_):
@@ -159,23 +159,15 @@ def test_the_model_and_torch_are_left_as_they_were(model, inputs, error, where):
     for _ in range(2):
         hook = model.blocks[3].attention.out.register_forward_hook(spoil) if where == "forward" else None
         with pytest.raises(error), erg.rectify(model, tau=0.1, layers=[1]):
+            twin = copy.deepcopy(model)
             model(*inputs)
+            assert torch.equal(twin(*inputs), plain)
             spoil()
         _ = hook and hook.remove()
         assert F.scaled_dot_product_attention is erg._plain and not erg._open and not erg._thread.active
         assert F.multi_head_attention_forward is erg._plain_multi_head and torch.backends.mha.get_fastpath_enabled()
         assert torch.equal(model(*inputs), plain) and not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
         assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-
-
-def test_a_copy_made_in_a_context_is_an_ordinary_model(model, inputs):
-    """A copy of a model is not rectified, in the context or after it."""
-    plain = model(*inputs)
-    with erg.rectify(model, tau=0.1, layers=[2]):
-        model(*inputs)
-        twin = copy.deepcopy(model)
-        assert torch.equal(twin(*inputs), plain)
-    assert torch.equal(twin(*inputs), plain)
 
 
 @pytest.mark.parametrize("scoped", [(True, True), (True, False), (False, True), (False, False)])
@@ -421,10 +413,8 @@ def test_rows_that_are_not_samples_are_refused(rows, seen):
     """`rows` of a model whose attention has other rows than its arguments is an error; two passes need no rows."""
     model, x, settings = Loop(rows).eval(), example(4, 2, 6, 8), dict(w=2.0, tau_i=0.1, negative="same")
     with pytest.raises(ValueError, match=rf"has {seen} rows where \[4\] were expected.*rows"):
-        with erg.rectify(model, tau=0.1, rows=slice(0, 1)):
-            model(x)
-    with erg.rectify(model, tau=0.1):
-        weak = model(x)
+        run(model, (x,), (model, dict(tau=0.1, rows=slice(0, 1))))
+    weak = run(model, (x,), (model, dict(tau=0.1)))
     assert (weak - model(x)).abs().max() > 1e-3
     message = "does not fit the 1 rows" if seen == 1 else r"has 16 rows where \[8\] were expected.*batched=False"
     with pytest.raises(ValueError, match=message):

@@ -61,9 +61,6 @@ def test_t_is_a_number_or_a_tensor():
         torch.testing.assert_close(mixed[n:n + 1], model(x[n:n + 1], t, condition[n:n + 1]), rtol=0, atol=1e-12)
 
 
-# Captions
-
-
 def test_tokenize():
     """Words become their numbers, <pad> is 0 and fills up; the null prompt is all pads; faults are named."""
     assert tokenize(["a red seven", ""], config()).tolist() == [[1, 2, 4, 0, 0, 0], [0] * 6]
@@ -85,9 +82,6 @@ def test_drop_words_rates_and_order():
         words = [w for w in row if w]
         assert row == words + [0] * (5 - len(words)) and words == sorted(words)
     assert torch.equal(drop_words(tokens, caption=0.0, word=0.0), tokens)
-
-
-# Loss and sampler
 
 
 def test_loss_oracle_one_point():
