@@ -215,7 +215,7 @@ def test_a_damaged_archive_is_a_data_error(tmp_path, content):
     *((data.read_records, content) for content in (b"", RECORDS.tobytes()[:-1], b"\x0a" + bytes(3072))),  # the label 10
     *((data.read_idx, content) for content in (b"", b"not gzip", GOOD[:50], GOOD[:-4], GOOD[:10] + b"\xff" * 99, *map(
         gzip.compress, (RAW[:10], RAW[:-1], RAW + b"!", b"\1" + RAW[1:], RAW[:4] + b"\xff" * 4 + RAW[8:])))),
-])
+], ids=lambda _: "damaged")
 def test_a_damaged_file_is_a_data_error(tmp_path, read, content):
     """A file of other records, no whole gzip, or no whole IDX file inside, gives a DataError that names it."""
     (tmp_path / "file.bin").write_bytes(content)
