@@ -45,14 +45,14 @@ def smaller(png):
     return base64.b64encode(out.getvalue()).decode()
 
 
-def run(path):
-    """Execute one source and write its notebook; returns the seconds it took."""
+def run(path, timeout=600):
+    """Execute one source, each cell in `timeout` seconds, and write its notebook; returns the seconds it took."""
     import jupytext
     from nbclient import NotebookClient
 
     notebook = jupytext.read(path, fmt="py:percent")
     began = time.time()
-    NotebookClient(notebook, timeout=600, kernel_name="python3", coalesce_streams=True,
+    NotebookClient(notebook, timeout=timeout, kernel_name="python3", coalesce_streams=True,
                    resources={"metadata": {"path": str(HERE)}}).execute()
     seconds = time.time() - began
     kernel = {"display_name": "Python 3", "language": "python", "name": "python3"}
