@@ -1,5 +1,7 @@
 """train_toy.py: training, stopping and going on, several processes, a box of time."""
 import dataclasses
+import datetime
+import functools
 import json
 import math
 import os
@@ -197,6 +199,8 @@ def test_two_processes_are_one(finished, tmp_path, monkeypatch):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         places = dict(WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free.getsockname()[1]))
+    start = functools.partial(train_toy.dist.init_process_group, timeout=datetime.timedelta(seconds=100))
+    monkeypatch.setattr(train_toy.dist, "init_process_group", start)
     other = process(environment=dict(places, RANK="1", LOCAL_RANK="1"), **options)
     for name, value in dict(places, RANK="0", LOCAL_RANK="0").items():  # as torchrun does
         monkeypatch.setenv(name, value)
