@@ -183,8 +183,8 @@ def test_bad_input_leaves_the_model_as_it_was(name):
     assert torch.equal(run(model, inputs), plain) and "forward" not in vars(model)
 
 
-@pytest.mark.parametrize("name, blocks", [("SD3", False), ("Flux", False), ("DiT", False), ("PixArt", False),
-                                          ("SD 1.5", False), ("SD3.5 with QK-norm", True), ("Flux", True)])
+@pytest.mark.parametrize("name, blocks", [("SD3", False), ("Flux", False), ("DiT", False), ("SD 1.5", False),
+                                          ("SD3.5 with QK-norm", True), ("Flux", True)])
 @torch._dynamo.config.patch(recompile_limit=32)  # blocks: a graph for each layer
 def test_compiled(name, blocks):
     """Compiled as a whole or block by block, without a graph break, rectified models agree; blocks warn."""
