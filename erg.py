@@ -90,32 +90,30 @@ def energy_attention(q, k, v, *, tau=1.0, alpha=1.0, gamma=1.0, K=1, queries=Non
     _check_energy(tau, alpha, gamma, K)
     if (gamma != 1 or K > 1) and v.shape[-1] != q.shape[-1]:
         raise ValueError(f"v is {v.shape[-1]} wide and q {q.shape[-1]}: they must agree unless gamma = K = 1")
-    factor = None
-    if isinstance(tau, Tensor) or queries is not None or tau == 0:  # scale = 0 times a mask's -inf is NaN
-        factor = _temper(q, tau, queries=queries)
-    elif tau != 1:  # a plain number costs nothing: it goes into the kernel's scale
+    tempers = isinstance(tau, Tensor) or queries is not None or tau == 0  # scale = 0 and a mask make NaN
+    if not tempers and tau != 1:  # a plain number costs nothing: it goes into the kernel's scale
         scale = tau * (q.shape[-1] ** -0.5 if scale is None else scale)
     options = dict(attn_mask=attn_mask, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa)
     for _ in range(K):
-        attended = F.scaled_dot_product_attention(q if factor is None else q * factor, k, v, **options)
+        tempered = _temper(q, tau, queries=queries) if tempers else q
+        attended = F.scaled_dot_product_attention(tempered, k, v, **options)
         attended = attended if alpha == 1 else alpha * attended  # (B, H, S, D)
         q = attended if gamma == 1 else q - gamma * (q - attended)  # the residual is not tempered
     return q
 
 
 def _temper(q, tau, rows=None, queries=None):
-    """What q is multiplied by: tau at the chosen rows and queries, 1 at the others."""
+    """q with tau multiplied into the chosen rows and queries."""
     _check_slice("rows", rows, len(q))
     _check_slice("queries", queries, q.shape[-2])
-    factor = torch.ones_like(q[..., :1])  # (B, H, S, 1)
-    chosen = factor[rows or slice(None), ..., queries or slice(None), :]
-    if not isinstance(tau, Tensor):
-        chosen.fill_(tau)
-    elif tau.shape in ((), (len(chosen),)):
-        chosen.copy_(tau.reshape(-1, *[1] * (q.dim() - 1)))
-    else:
-        raise ValueError(f"tau is {tuple(tau.shape)}; it must be a number or ({len(chosen)},), one a row")
-    return factor
+    q = q.clone()
+    chosen = q[rows or slice(None), ..., queries or slice(None), :]
+    if isinstance(tau, Tensor):
+        if tau.shape not in ((), (len(chosen),)):
+            raise ValueError(f"tau is {tuple(tau.shape)}; it must be a number or ({len(chosen)},), one a row")
+        tau = tau.reshape(-1, *[1] * (q.dim() - 1)).to(q)  # (B, 1, 1, 1)
+    chosen *= tau
+    return q
 
 
 # ---- 3. The guidance update (section 3.3) ------------------------------------------------------------------
@@ -161,17 +159,18 @@ _plain, _plain_multi_head = F.scaled_dot_product_attention, F.multi_head_attenti
 
 def _attend(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
     """Stands in the place of F.scaled_dot_product_attention."""
-    options = dict(attn_mask=attn_mask, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa)
     outer = chosen = _thread.outer
     if outer is None:  # a call of the model, not a step of an answer
         chosen = tuple([rectifier for rectifier in _thread.active if rectifier.chooses(query, key)])
     if not chosen:
-        return _plain(query, key, value, dropout_p=dropout_p, **options)
+        return _plain(query, key, value, attn_mask=attn_mask, dropout_p=dropout_p, is_causal=is_causal,
+                      scale=scale, enable_gqa=enable_gqa)
     if dropout_p:
         raise ValueError(f"dropout_p={dropout_p} in a rectified call: call the model's eval() first")
     try:
         _thread.outer = chosen[:-1]
-        return chosen[-1].answer(query, key, value, **options)
+        return chosen[-1].answer(query, key, value, attn_mask=attn_mask, is_causal=is_causal, scale=scale,
+                                 enable_gqa=enable_gqa)
     finally:
         _thread.outer = outer
 
@@ -318,7 +317,7 @@ class _Rectifier:
         if self.attention is not None:
             out = self.attention(q, k, v, **options)
         elif rows is not None and self.alpha == self.gamma == self.K == 1:  # one call for all rows
-            return F.scaled_dot_product_attention(q * _temper(q, tau, rows, queries), k, v, **options)
+            return F.scaled_dot_product_attention(_temper(q, tau, rows, queries), k, v, **options)
         else:
             if rows is not None and isinstance(tau, Tensor) and tau.dim():  # an entry for each chosen row
                 tau = q.new_ones(len(q)).slice_scatter(tau.to(q), 0, *rows.indices(len(q)))
