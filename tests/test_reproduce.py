@@ -9,6 +9,7 @@ import sys
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 
 from experiments import claims, entries, report, reproduce, runs
 from experiments.statistics import difference, estimate, gain, judge, t_quantile, winners
@@ -262,6 +263,11 @@ def test_entries_share_one_queue():
 
 def test_all_of_it_from_the_runs_to_the_verdicts(tmp_path, monkeypatch):
     """`all` ends in three files an entry, and in a verdict for each claim; again, it samples nothing."""
+    def coarse(figure, file, write=Figure.savefig, **options):  # the layout takes most of the time
+        figure.set_layout_engine("none")
+        write(figure, file, **dict(options, dpi=30))
+
+    monkeypatch.setattr(Figure, "savefig", coarse)
     monkeypatch.setattr(entries, "QUICK", TINY)
     out = tmp_path / "out"
     options = ["--quick", "--out", str(out), "--cache", str(tmp_path / "cache"), "--device", "cpu"]
