@@ -130,12 +130,13 @@ def pictures(name, device, task, cells, count):
 
     The distance from no guidance is the root mean square.
     """
-    draw = lambda method, p: runs.sample_run(runs.Run(name, task, method, p, 0, count, 25), device)[0]
+    draw = lambda method, p: runs.sample_run(runs.Run(name, task, method, p, 0, count, STEPS), device)[0]
     images, plain = {label: draw(*cell) for label, cell in cells.items()}, draw("none", {})
     return images, plain, {label: (x - plain).square().mean().sqrt().item() for label, x in images.items()}
 
 
 GRID_KAPPA, GRID_TAU = (0.0, 0.2, 0.4, 0.6, 0.8), (0.01, 0.2, 0.5, 0.8)
+STEPS = 25  # of the sampler
 
 
 def figure15(scale, name, device):

@@ -11,7 +11,7 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 
-from experiments import claims, entries, report, reproduce, runs
+from experiments import claims, entries, inside, report, reproduce, runs
 from experiments.statistics import difference, estimate, gain, judge, t_quantile, winners
 from toy import data
 from toy.metrics import BETTER
@@ -269,6 +269,7 @@ def test_all_of_it_from_the_runs_to_the_verdicts(tmp_path, monkeypatch):
 
     monkeypatch.setattr(Figure, "savefig", coarse)
     monkeypatch.setattr(entries, "QUICK", TINY)
+    monkeypatch.setattr(inside, "STEPS", 2)
     out = tmp_path / "out"
     options = ["--quick", "--out", str(out), "--cache", str(tmp_path / "cache"), "--device", "cpu"]
     reproduce.main(["all", *options])
