@@ -135,8 +135,7 @@ def pictures(name, device, task, cells, count):
     return images, plain, {label: (x - plain).square().mean().sqrt().item() for label, x in images.items()}
 
 
-GRID_KAPPA, GRID_TAU = (0.0, 0.2, 0.4, 0.6, 0.8), (0.01, 0.2, 0.5, 0.8)
-STEPS = 25  # of the sampler
+GRID_KAPPA, GRID_TAU, STEPS = (0.0, 0.2, 0.4, 0.6, 0.8), (0.01, 0.2, 0.5, 0.8), 25
 
 
 def figure15(scale, name, device):
