@@ -7,9 +7,9 @@
     torchrun --standalone --nproc_per_node 2 train_toy.py --dataset cifar10    # two GPUs, same global batch
 
 It writes under --out: DATASET.pt (the averaged model in half precision, its classifier and reference
-features), DATASET-early.pt (the same after 1/16 of the training, a weak model), DATASET-training.pt
-(everything that --resume needs), DATASET.png, DATASET-loss.png, DATASET.json. DATASET.pt is there from the
-first save on. sample_toy.py samples from it.
+features), weak models beside it (DATASET-early.pt, -quarter.pt and -half.pt: the same after 1/16, 1/4 and
+1/2 of the training), DATASET-training.pt (everything that --resume needs), DATASET.png, DATASET-loss.png,
+DATASET.json. DATASET.pt is there from the first save on. sample_toy.py samples from it.
 
 Conventions: t = 0 is noise, t = 1 is data. Shapes: B batch, L words, A attributes, S image side.
 """
@@ -38,6 +38,8 @@ from toy.sampling import choose_device, describe, export, recommended
 
 BINS = 8  # of t, for the loss curve
 LOG_EVERY = 10  # steps; only then is the loss read, and the GPU waited for
+WEAK = {"early": 16, "quarter": 4, "half": 2}  # the average is kept after so small a part of the training
+NULL, CLASS_ALONE = 0.1, 0.1  # shares of the captions that are empty, and "a seven" or "a horse"
 FROM_RECIPE = ("iterations", "batch", "lr", "ema", "samples", "classifier_iterations")
 KEPT = ("dataset", "minutes", "iterations", "batch", "lr", "ema", "seed")  # what a resumed run must repeat
 
@@ -54,7 +56,6 @@ class Recipe:
     t_mean: float = 0.0  # of the logit of t in training: below 0 puts more of it on noisy images
     ema: float = 0.995  # decay of the averaged weights
     flips: bool = False  # mirror half of the images: handwriting has a handedness
-    class_only: float = 0.0  # share of captions that are the class word alone: "a horse"
     classifier: str = "plain"  # or "residual"
     classifier_iterations: int = 1000
 
@@ -66,7 +67,7 @@ RECIPES = {
                     lr=2e-3, samples=1000, t_mean=-0.6),
     "cifar10": Recipe(dict(image_size=32, patch=2, width=192, depth=10, heads=6, text_depth=1),
                       iterations=32_000, batch=512, lr=1e-3, samples=2000, ema=0.9995, flips=True,
-                      class_only=0.1, classifier="residual", classifier_iterations=6000),
+                      classifier="residual", classifier_iterations=6000),
 }
 
 # ------------------------------------------------------------------------------------------------
@@ -90,16 +91,16 @@ def draw_batch(images, tables, recipe, batch, seed, step):
     Returns x (B, 3, S, S), tokens (B, L), t (B,) and noise (B, 3, S, S).
     """
     full, short = tables
-    device, p = images.labels.device, recipe.class_only
+    device = images.labels.device
     generator = torch.Generator(device).manual_seed(seed * 1_000_003 + step)
     uniform = lambda: torch.rand(batch, 1, generator=generator, device=device)
     rows = torch.randint(len(images), (batch,), generator=generator, device=device)
     x, attributes = images.draw(rows, generator)
     if recipe.flips:
         x = torch.where(uniform()[:, :, None, None] < 0.5, x.flip(3), x)
-    tokens = drop_words(full[tuple(attributes.T)], caption=0.1 / (1 - p), generator=generator)  # (B, L)
-    if p:
-        tokens = torch.where(uniform() < p, short[attributes[:, 0]], tokens)
+    null = NULL / (1 - CLASS_ALONE)  # before the class words take the place of some
+    tokens = drop_words(full[tuple(attributes.T)], caption=null, generator=generator)  # (B, L)
+    tokens = torch.where(uniform() < CLASS_ALONE, short[attributes[:, 0]], tokens)
     normal = torch.randn(batch, generator=generator, device=device)
     t = (recipe.t_mean + normal).sigmoid()  # logit-normal (Esser et al., 2024)
     return x, tokens, t, torch.randn(x.shape, generator=generator, device=device)
@@ -168,19 +169,19 @@ class Training:
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr, betas=(0.9, 0.95), weight_decay=0.0,
                                            fused=device.type == "cuda")
         self.device, self.step, self.iterations, self.seconds = device, 0, None, 0.0
-        self.early = {}  # the average after 1/16 of the training
+        self.weak = {}  # averages on the way: name in WEAK -> state
         self.curve = torch.zeros(0, BINS)  # mean loss by bin of t, NaN where a bin was empty
         self.bins = torch.zeros(2, BINS, device=device)  # sums and counts since the last line of the curve
 
     def state(self):
-        return dict(step=self.step, iterations=self.iterations, seconds=self.seconds, early=self.early,
+        return dict(step=self.step, iterations=self.iterations, seconds=self.seconds, weak=self.weak,
                     curve=self.curve, model=self.model.state_dict(), average=self.average.state_dict(),
                     optimizer=self.optimizer.state_dict())
 
     def restore(self, state):
         for name in ("model", "average", "optimizer"):
             getattr(self, name).load_state_dict(state[name])
-        for name in ("step", "iterations", "seconds", "early", "curve"):
+        for name in ("step", "iterations", "seconds", "weak", "curve"):
             setattr(self, name, state[name])
 
     def update(self, loss_of, batch, lr, ema):
@@ -200,6 +201,12 @@ class Training:
             _, _, t, _ = batch
             counted = torch.stack([losses.float(), torch.ones_like(t)])  # (2, B)
             self.bins.index_add_(1, (t * BINS).long().clamp_max(BINS - 1), counted)
+
+    def keep_weak(self):
+        """Keep the average if a part of the training is over that WEAK names."""
+        for name, part in WEAK.items():
+            if self.iterations and name not in self.weak and self.step >= max(1, self.iterations // part):
+                self.weak[name] = {key: value.clone() for key, value in self.average.state_dict().items()}
 
     def read_loss(self):
         """Add a line to the loss curve; returns the mean loss since the last one."""
@@ -256,8 +263,7 @@ def train(run, loss_of, batches, save, options):
                     run.iterations = fit_iterations(run, marks, options.deadline, options.batch)
                     bar.total = run.iterations
                 stop = bool(agreed(interrupt.stop, run.device))
-            if run.iterations and not run.early and run.step >= max(1, run.iterations // 16):
-                run.early = {name: value.clone() for name, value in run.average.state_dict().items()}
+            run.keep_weak()
             run.seconds = time.time() - began
             due = options.save_every and run.step % options.save_every == 0
             if stop or due or run.step == run.iterations:
@@ -350,15 +356,18 @@ class Job:
             self.export({})
 
     def export(self, table):
-        """The averaged weights and the weak ones, with how they were made."""
+        """The averaged weights, and the weak ones that there are, with how they were made."""
         given = {name: value for name, value in self.options.given.items() if name not in ("data_dir", "out")}
-        notes = dict(options=given, step=self.run.step, iterations=self.run.iterations,
-                     training_minutes=round(self.run.seconds / 60, 1), hardware=describe(self.device),
-                     torch=str(torch.__version__), table=table)
-        weak = copy.deepcopy(self.run.average)
-        weak.load_state_dict(self.run.early or self.run.average.state_dict())
-        for name, model in (("", self.run.average), ("-early", weak)):
-            path = self.folder / f"{self.options.dataset}{name}.pt"
+        run, last = self.run, self.run.curve[-max(10, len(self.run.curve) // 10):]
+        notes = dict(options=given, step=run.step, iterations=run.iterations,
+                     training_minutes=round(run.seconds / 60, 1),
+                     images_per_second=round(run.step * self.options.batch / run.seconds),
+                     loss_by_t=[round(x, 4) for x in last.nanmean(0).nan_to_num(-1).tolist()],  # -1: no image
+                     hardware=describe(self.device), torch=str(torch.__version__), table=table)
+        model = copy.deepcopy(self.run.average)
+        for name, state in [*self.run.weak.items(), (None, self.run.average.state_dict())]:
+            model.load_state_dict(state)
+            path = self.folder / f"{self.options.dataset}{f'-{name}' if name else ''}.pt"
             export(path, model, self.classifier, self.reference, notes)
         text = json.dumps(notes, indent=1).encode()
         data.write_whole(self.folder / f"{self.options.dataset}.json", lambda file: file.write(text))

@@ -66,7 +66,7 @@ def equal(a, b):
 
 
 def same_training(a, b):
-    keys = ("step", "curve", "model", "average", "optimizer", "early", "settings")
+    keys = ("step", "curve", "model", "average", "optimizer", "weak", "settings")
     return all(equal(training_state(a)[key], training_state(b)[key]) for key in keys)
 
 
@@ -87,10 +87,11 @@ def test_the_whole_job_writes_everything(finished):
         assert all(map(math.isfinite, row.values()))
     assert all((out / name).read_bytes().startswith(b"\x89PNG") for name in ("digits.png", "digits-loss.png"))
     assert json.loads((out / "digits.json").read_text())["table"] == table
-    for name, key in (("digits", "average"), ("digits-early", "early")):
+    weak = {f"digits-{name}": kept for name, kept in state["weak"].items()}
+    assert set(weak) == {"digits-early", "digits-quarter", "digits-half"}
+    for name, kept in {**weak, "digits": state["average"]}.items():
         model, _, reference, notes = load_checkpoint(out / f"{name}.pt")
-        assert all(torch.equal(value, state[key][name].half().float()) for name, value in model.state_dict().items())
-    assert not equal(state["early"], state["average"])
+        assert all(torch.equal(value, kept[key].half().float()) for key, value in model.state_dict().items())
     assert reference.shape[1] == 64 and notes["table"] == table
     assert notes["options"]["iterations"] == notes["step"] == notes["iterations"] == 40
     curve = state["curve"]
@@ -108,18 +109,23 @@ def averaged(tmp_path, monkeypatch):
     return train
 
 
-def test_ema_is_the_average_of_the_weights(averaged, monkeypatch):
-    """The averaged model obeys a <- r a + (1 - r) m at every step, with the stated warm-up of r."""
-    seen, original = [], torch._foreach_lerp_
+def test_ema_is_the_average_of_the_weights(averaged, monkeypatch, tmp_path):
+    """The averaged model obeys a <- r a + (1 - r) m, with the stated warm-up of r; weak models are a at 1/16, 1/4, 1/2."""
+    seen, path, original = [], [], torch._foreach_lerp_
 
     def record(averages, models, weight):
         expected = averages[0] + weight * (models[0].detach() - averages[0])
         original(averages, models, weight)
         seen.append(((expected - averages[0]).abs().max().item(), weight))
+        path.append(averages[0].clone())
 
     monkeypatch.setattr(torch, "_foreach_lerp_", record)
-    averaged(iterations=20, ema=0.6)
+    last = averaged(iterations=20, ema=0.6)
     assert len(seen) == 20 and max(error for error, _ in seen) < 1e-6
+    first = next(name for name, _ in train_toy.TinyDiT(Config(vocabulary=("a",))).named_parameters())
+    weak = training_state(tmp_path)["weak"]
+    for name, step in (("early", 1), ("quarter", 5), ("half", 10)):
+        assert torch.equal(weak[name][first], path[step - 1]) and not torch.equal(weak[name][first], last[first])
     expected = [1 - min(0.6, (i + 1) / (i + 10)) for i in range(20)]
     assert [weight for _, weight in seen] == pytest.approx(expected)
 
@@ -137,7 +143,7 @@ def test_every_training_option_bites(averaged, monkeypatch):
     assert equal(averaged(), plain)
     for change in (dict(lr=1e-4), dict(ema=0.1), dict(seed=1), dict(batch=4)):
         assert not equal(averaged(**change), plain), change
-    for change in (dict(t_mean=-1.0), dict(flips=True), dict(class_only=0.5)):
+    for change in (dict(t_mean=-1.0), dict(flips=True)):
         monkeypatch.setitem(train_toy.RECIPES, "digits", dataclasses.replace(TINY, **change))
         assert not equal(averaged(), plain), change
 
@@ -278,7 +284,7 @@ def test_a_box_of_time_sets_the_iterations(tmp_path, capsys):
     state, output = training_state(tmp_path), capsys.readouterr().out
     assert state["seconds"] < 4 and state["step"] == state["iterations"] > 20
     assert "images/s" in output and "iterations in all" in output
-    assert state["early"] and not equal(state["early"], state["average"])
+    assert set(state["weak"]) == set(train_toy.WEAK) and not equal(state["weak"]["half"], state["average"])
     train_toy.main(resume=True, **options)
     assert equal(training_state(tmp_path), state)
 
