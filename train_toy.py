@@ -31,7 +31,8 @@ from torch import nn
 from tqdm import tqdm
 
 from tiny_dit import Config, TinyDiT, drop_words, flow_matching_loss, tokenize
-from toy import data
+from toy import data, files
+from toy.command import SEED, Parser, number, place, run
 from toy.drawing import compare, draw_loss
 from toy.metrics import AttributeClassifier, features_of, train_classifier
 from toy.sampling import choose_device, describe, export, recommended
@@ -40,6 +41,7 @@ BINS = 8  # of t, for the loss curve
 LOG_EVERY = 10  # steps; only then is the loss read, and the GPU waited for
 WEAK = {"early": 16, "quarter": 4, "half": 2}  # the average is kept after so small a part of the training
 NULL, CLASS_ALONE = 0.1, 0.1  # shares of the captions that are empty, and "a seven" or "a horse"
+WRITTEN = ("-training.pt", ".pt", *(f"-{name}.pt" for name in WEAK), ".json", ".png", "-loss.png")
 FROM_RECIPE = ("iterations", "batch", "lr", "ema", "samples", "classifier_iterations")
 KEPT = ("dataset", "minutes", "iterations", "batch", "lr", "ema", "seed")  # what a resumed run must repeat
 
@@ -141,12 +143,15 @@ class Loss(nn.Module):
 
 
 class Interrupt:
-    """Inside `with`, Ctrl-C and SIGTERM only set `.stop`, so that a step is never cut in two."""
+    """Inside `with`, Ctrl-C, SIGTERM and a closed terminal only set `.stop`: a step is never cut in two."""
 
     def __enter__(self):
         self.stop, self.before = False, {}
         with contextlib.suppress(ValueError):  # not the main thread: signals stay as they are
-            self.before = {s: signal.signal(s, self.ask) for s in (signal.SIGINT, signal.SIGTERM)}
+            for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+                sent = getattr(signal, name, None)  # Windows lacks SIGHUP, and nohup ignores it
+                if sent and signal.getsignal(sent) != signal.SIG_IGN:
+                    self.before[sent] = signal.signal(sent, self.ask)
         return self
 
     def ask(self, number, frame):
@@ -155,8 +160,8 @@ class Interrupt:
         self.stop = True
 
     def __exit__(self, *error):
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
+        for sent, handler in self.before.items():
+            signal.signal(sent, handler)
 
 
 class Training:
@@ -276,19 +281,6 @@ def train(run, loss_of, batches, save, options):
 # ------------------------------------------------------------------------------------------------
 
 
-def load_training_state(path, settings):
-    """The state to resume from; a clear error when there is none, or when it belongs to other settings."""
-    if not path.is_file():
-        raise FileNotFoundError(f"--resume: {path} does not exist; start without --resume, "
-                                "or name its folder with --out (several machines need a shared one)")
-    state = torch.load(path, map_location="cpu", weights_only=True)
-    for name, old in state["settings"].items():
-        if old != settings[name]:
-            raise ValueError(f"--resume: {path} was trained with {name}={old!r}, not {settings[name]!r}; "
-                             "give the same settings")
-    return state
-
-
 class Job:
     """A training with its classifier: what is loaded at its start, and written now and then."""
 
@@ -296,24 +288,31 @@ class Job:
         self.options, self.recipe = options, RECIPES[options.dataset]
         self.folder, self.device = Path(options.out), device
         self.path = self.folder / f"{options.dataset}-training.pt"
-        if main_process():  # an unwritable folder shows now
-            data.write_whole(self.folder / ".writable", lambda file: None)
-            (self.folder / ".writable").unlink()
+        if main_process():
+            files.writable(*(self.folder / (options.dataset + end) for end in WRITTEN))
         self.images, self.held_out = (data.load(options.dataset, options.data_dir, split)
                                       for split in ("train", "test"))
         config = Config(vocabulary=self.images.vocabulary, **self.recipe.model)
         self.settings = dict(config=dataclasses.asdict(config), t_mean=self.recipe.t_mean,
                              **{name: getattr(options, name) for name in KEPT})
-        state = load_training_state(self.path, self.settings) if options.resume else {}
         self.run = Training(config, options.lr, options.seed, device)
         self.run.iterations = options.iterations
-        if state:
+        if not options.resume:
+            self.judge()
+            return
+        expected = "the state of a training: start without --resume, or name its folder with --out"
+        with files.load(self.path, expected) as state:
+            for name, new in self.settings.items():
+                if new != (old := state["settings"][name]):
+                    raise files.DataError(f"--resume: {self.path} was trained with {name} {old!r}, "
+                                          f"not {new!r}; give the same settings")
             self.run.restore(state)
-        if main_process():
-            self.judge(state.get("judge"))
+            self.judge(state["judge"])
 
-    def judge(self, kept):
+    def judge(self, kept=None):
         """The classifier, and its features of 5,000 training images, which the metrics compare with."""
+        if not main_process():
+            return
         o, images = self.options, self.images
         device = "cpu" if self.device.type == "mps" else self.device  # mps lacks its pooling
         if kept:
@@ -352,7 +351,7 @@ class Job:
         if main_process():
             kept = dict(classifier=self.classifier.state_dict(), reference=self.reference)
             state = dict(settings=self.settings, judge=kept, **self.run.state())
-            data.write_whole(self.path, lambda file: torch.save(state, file))
+            files.save(self.path, state)
             self.export({})
 
     def export(self, table):
@@ -370,12 +369,12 @@ class Job:
             path = self.folder / f"{self.options.dataset}{f'-{name}' if name else ''}.pt"
             export(path, model, self.classifier, self.reference, notes)
         text = json.dumps(notes, indent=1).encode()
-        data.write_whole(self.folder / f"{self.options.dataset}.json", lambda file: file.write(text))
+        files.write_whole(self.folder / f"{self.options.dataset}.json", lambda file: file.write(text))
 
 
-def train_and_compare(options):
+def train_and_compare(options, device):
     """Train, then sample with no guidance, CFG and ERG; returns the table as a dict."""
-    job = Job(options, choose_device(options.device))
+    job = Job(options, device)
     stopped, minutes = job.train(), f"{job.run.seconds / 60:.1f} minutes"
     if not main_process():
         return {}
@@ -399,55 +398,48 @@ def train_and_compare(options):
 
 
 def arguments():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser = Parser(__doc__)
     add = parser.add_argument
     add("--dataset", default="digits", choices=data.NAMES, help="images to train on (digits)")
-    add("--data-dir", help="folder with the official files; they are downloaded there when missing")
-    add("--out", default="out", help="folder for everything that is written (out)")
+    add("--data-dir", type=place, help="folder with the official files, downloaded when missing")
+    add("--out", default="out", type=place, help="folder for everything that is written (out)")
     add("--resume", action="store_true", help="go on from the last save under --out")
-    add("--seed", default=0, type=int, help="of the training and of the samples (0)")
+    add("--seed", default=0, type=number(0, SEED, int), help="of the training and of the samples (0)")
     add("--device", choices=("cuda", "mps", "cpu"), help="chosen automatically when not given")
     add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile the step (only on CUDA)")
-    add("--save-every", default=1000, type=int, help="steps between saves; 0: only at the end (1000)")
-    add("--steps", default=25, type=int, help="Euler steps of the sampler (25)")
-    add("--minutes", type=float, help="train for so long, start included, in place of --iterations")
+    add("--save-every", default=1000, type=number(0, 10**9, int),
+        help="steps between saves; 0: only at the end (1000)")
+    add("--steps", default=25, type=number(1, 1000, int), help="Euler steps of the sampler (25)")
+    add("--minutes", type=number(0.001, 1e5), help="train so long, start included, in place of --iterations")
     group = parser.add_argument_group("what is not given comes from the data set's recipe")
     add = group.add_argument
-    add("--iterations", type=int, help="training steps")
-    add("--batch", type=int, help="images a step, over all processes together")
-    add("--lr", type=float, help="peak learning rate")
-    add("--ema", type=float, help="decay of the averaged weights")
-    add("--samples", type=int, help="images a row of the table")
-    add("--classifier-iterations", type=int, help="training steps of the attribute classifier")
+    add("--iterations", type=number(1, 10**9, int), help="training steps")
+    add("--batch", type=number(1, 10**5, int), help="images a step, over all processes together")
+    add("--lr", type=number(1e-9, 10), help="peak learning rate")
+    add("--ema", type=number(0, 0.999999), help="decay of the averaged weights")
+    add("--samples", type=number(6, 10**5, int), help="images a row of the table; its metrics need 6")
+    add("--classifier-iterations", type=number(1, 10**6, int), help="steps of the attribute classifier")
     return parser
 
 
 def check(options, world):
-    """An error for a number out of range, before anything runs."""
-    for name in ("minutes", "iterations", "batch", "lr", "steps", "classifier_iterations"):
-        value = getattr(options, name)
-        if value is not None and not value > 0:
-            raise ValueError(f"{name}={value!r} must be greater than 0")
-    if options.minutes and "iterations" in options.given:
+    """An error for what does not go together, before anything runs."""
+    if options.minutes and options.given.get("iterations"):
         raise ValueError(f"minutes={options.minutes} and iterations={options.iterations} exclude each other")
-    if not 0 <= options.ema < 1:
-        raise ValueError(f"ema={options.ema!r} must be at least 0 and less than 1")
-    if options.save_every < 0 or options.save_every % LOG_EVERY:
-        raise ValueError(f"save_every={options.save_every!r} must be a multiple of {LOG_EVERY}, or 0")
-    if options.samples < 6:
-        raise ValueError(f"samples={options.samples!r} must be at least 6: the metrics look at 5 neighbours")
+    if options.save_every % LOG_EVERY:
+        raise ValueError(f"save_every={options.save_every} must be a multiple of {LOG_EVERY}, or 0")
     if options.batch % world:
         raise ValueError(f"batch={options.batch} must be a multiple of the {world} processes")
+    if options.data_dir and options.dataset == "digits":
+        raise ValueError(f"data_dir={options.data_dir!r} has no effect with dataset='digits'")
 
 
 def main(**given):
     """Run as the command line does: `main(iterations=20, out="out")`; returns the table."""
-    options, world = arguments().parse_args([]), int(os.environ.get("WORLD_SIZE", 1))
-    unknown = sorted(set(given) - set(vars(options)))
-    if unknown:
-        raise TypeError(f"main() has no option {unknown[0]!r}; it has: {', '.join(sorted(vars(options)))}")
-    given = {name: value for name, value in given.items() if value != getattr(options, name)}
-    options = argparse.Namespace(**{**vars(options), **given}, given=given, began=time.time())
+    parser, world = arguments(), int(os.environ.get("WORLD_SIZE", 1))
+    options = parser.options(given)
+    options.given = {name: y for name, y in vars(options).items() if y != parser.get_default(name)}
+    options.began = time.time()
     for name in FROM_RECIPE:
         if getattr(options, name) is None and not (name == "iterations" and options.minutes):
             setattr(options, name, getattr(RECIPES[options.dataset], name))
@@ -464,16 +456,13 @@ def main(**given):
             torch.cuda.set_device(device)
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
-        return train_and_compare(options)
+        lock = Path(options.out) / f".{options.dataset}.lock"
+        with files.locked(lock) if main_process() else contextlib.nullcontext():
+            return train_and_compare(options, device)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    try:
-        main(**vars(arguments().parse_args()))
-    except KeyboardInterrupt:  # what was trained is saved
-        sys.exit(130)
-    except (data.DataError, ValueError, OSError, FloatingPointError) as error:
-        sys.exit(f"error: {error}")
+    run(main, arguments())

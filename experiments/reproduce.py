@@ -8,7 +8,6 @@
 Each entry writes NAME.json, NAME.md and NAME.png into --out. Runs are cached by content under out/cache: a
 call that was stopped goes on where it was, and entries share what they have in common.
 """
-import argparse
 import itertools
 import json
 import os
@@ -20,7 +19,8 @@ import torch
 import torch.distributed as dist
 
 from experiments import claims, entries, inside, report, runs
-from toy import data
+from toy import data, files
+from toy.command import Parser, place, run
 from toy.sampling import WEIGHTS, choose_device, describe
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -41,13 +41,14 @@ TITLES = {
 
 def arguments():
     shipped = sorted(file.stem for file in WEIGHTS.glob("*.pt"))
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser = Parser(__doc__)
     add = parser.add_argument
     add("names", nargs="+", metavar="NAME", help=f"one or more of {', '.join(ENTRIES)}, claims, or all")
     add("--quick", action="store_true", help="digits, few images, three seeds: a try of it all, not a result")
     add("--weights", nargs="+", metavar="CHECKPOINT", help=f"of {', '.join(shipped)}")
-    add("--out", help="folder to write to (experiments/results; --quick: out/quick, --weights: out/results)")
-    add("--cache", default=str(runs.CACHE), help="folder of the finished runs (out/cache)")
+    add("--out", type=place,
+        help="folder to write to (experiments/results; --quick: out/quick, --weights: out/results)")
+    add("--cache", default=str(runs.CACHE), type=place, help="folder of the finished runs (out/cache)")
     add("--device", choices=("cuda", "mps", "cpu"), help="chosen automatically when not given")
     return parser
 
@@ -79,9 +80,9 @@ def command(argv):
 def write(out, name, record, figure):
     """NAME.json, .md and .png, each whole or not at all."""
     page, numbers = report.markdown(name, record, ENTRIES[name].__doc__), json.dumps(record, indent=1) + "\n"
-    data.write_whole(out / f"{name}.json", lambda file: file.write(numbers.encode()))
-    data.write_whole(out / f"{name}.md", lambda file: file.write(page.encode()))
-    data.write_whole(out / f"{name}.png", lambda file: figure.savefig(file, format="png", dpi=110))
+    files.write_whole(out / f"{name}.json", lambda file: file.write(numbers.encode()))
+    files.write_whole(out / f"{name}.md", lambda file: file.write(page.encode()))
+    files.write_whole(out / f"{name}.png", lambda file: figure.savefig(file, format="png", dpi=110))
 
 
 def sample_entries(names, weights, scale, cache, device):
@@ -109,8 +110,7 @@ def main(argv):
     weights = chosen_weights(options)
     partial = runs.ROOT / "out" / ("quick" if options.quick else "results")
     out = Path(options.out or (partial if options.quick or options.weights else RESULTS))
-    data.write_whole(out / ".writable", lambda file: None)  # a folder that cannot be written to shows now
-    (out / ".writable").unlink(missing_ok=True)
+    files.writable(Path(options.cache) / "row", *(out / name for name in options.names))
     scale = entries.QUICK if options.quick else entries.FULL
     names = [name for name in ENTRIES if name in options.names or "all" in options.names]
     device = choose_device(options.device)
@@ -140,9 +140,5 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except KeyboardInterrupt:
-        sys.exit("stopped; what is finished is cached, and the same command goes on")
-    except (data.DataError, ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+    run(lambda **_: main(sys.argv[1:]), arguments(),
+        stopped="stopped; what is finished is cached, and the same command goes on")

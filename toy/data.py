@@ -15,7 +15,6 @@ import http.client
 import os
 import shutil
 import tarfile
-import tempfile
 import urllib.request
 import zlib
 from dataclasses import dataclass
@@ -24,6 +23,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from tqdm import tqdm
+
+from toy.files import DataError, write_whole
 
 DIGITS = "zero one two three four five six seven eight nine".split()
 OBJECTS = "airplane automobile bird cat deer dog frog horse ship truck".split()
@@ -142,10 +143,6 @@ def load(name, folder=None, split="train"):
 # ------------------------------------------------------------------------------------------------
 
 
-class DataError(Exception):
-    """A data file that is missing, damaged or out of reach; the message says what to do."""
-
-
 def read_idx(path):
     """A gzipped IDX file of bytes (the format of MNIST) as an array."""
     try:
@@ -215,27 +212,6 @@ MNIST = Source(
 CIFAR10 = Source(
     mirrors=("https://www.cs.toronto.edu/~kriz/", "https://cave.cs.toronto.edu/kriz/"),
     md5={"cifar-10-binary.tar.gz": "c32a1d4ab5d03f1284b67883e8d87530"})
-
-
-def write_whole(path, write):
-    """Call `write(file)` on a temporary file and rename it to `path`: all of it appears, or nothing."""
-    path = Path(path)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
-            temporary = Path(file.name)
-    except OSError as error:
-        raise DataError(f"cannot write into {path.parent} ({error.strerror or error}); "
-                        "choose another folder (--out, or --data-dir for downloads)") from error
-    try:
-        with open(temporary, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def fetch(name, folder, source, timeout=30):

@@ -7,7 +7,7 @@ import matplotlib
 import torch
 from matplotlib.figure import Figure
 
-from toy import data
+from toy.files import write_whole
 from toy.metrics import evaluate
 from toy.sampling import METHODS, generate, prepare
 
@@ -37,7 +37,7 @@ def draw_grid(rows, columns, path, title):
                 axes[r, c].set_title(caption, fontsize=7)
         axes[r, 0].set_ylabel(label, rotation=0, ha="right", va="center", fontsize=10)
     figure.suptitle(title, fontsize=9)
-    data.write_whole(path, lambda file: figure.savefig(file, format="png", dpi=130))
+    write_whole(path, lambda file: figure.savefig(file, format="png", dpi=130))
 
 
 def draw_loss(curve, path, name, log_every=10):
@@ -53,7 +53,7 @@ def draw_loss(curve, path, name, log_every=10):
     axes.set(xlabel="step", ylabel="squared velocity error", yscale="log",
              title=f"{name}: loss by time t (0 = noise)")
     axes.legend(title="t", fontsize=7, title_fontsize=8, ncols=2)
-    data.write_whole(path, lambda file: figure.savefig(file, format="png", dpi=130))
+    write_whole(path, lambda file: figure.savefig(file, format="png", dpi=130))
 
 
 def print_table(rows):

@@ -16,11 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 
 import erg
 from tiny_dit import Config, TinyDiT, sample, tokenize
-from toy import data
+from toy import files
 from toy.metrics import AttributeClassifier
 
 WEIGHTS = Path(__file__).resolve().parent.parent / "weights"
@@ -36,13 +35,16 @@ GUIDANCE = {
 
 
 def choose_device(name=None):
-    """The device of that name, or the fastest that is there."""
+    """The device of that name, or the fastest that is there; ValueError for one that is not."""
+    gpus, mps = torch.cuda.device_count(), torch.backends.mps.is_available()
     if name is None:
         several = int(os.environ.get("WORLD_SIZE", 1)) > 1  # which mps does not support
-        name = "cuda" if torch.cuda.is_available() else \
-            "mps" if torch.backends.mps.is_available() and not several else "cpu"
-    if name == "cuda" and dist.is_available() and "LOCAL_RANK" in os.environ:
+        name = "cuda" if gpus else "mps" if mps and not several else "cpu"
+    if name == "cuda" and "LOCAL_RANK" in os.environ:
         name = f"cuda:{os.environ['LOCAL_RANK']}"
+    there = ["cpu", *["mps"] * mps, *["cuda"] * (gpus > 0), *(f"cuda:{i}" for i in range(gpus))]
+    if name not in there:
+        raise ValueError(f"device={name!r} is not there; this computer has: {', '.join(there)}")
     return torch.device(name)
 
 
@@ -60,26 +62,20 @@ def half(state):
 
 def export(path, model, classifier, reference, notes):
     """Write what users need in half precision, and how it was made."""
-    state = dict(config=dataclasses.asdict(model.config), model=half(model.state_dict()),
-                 classes=classifier.classes, network=classifier.network,
-                 classifier=half(classifier.state_dict()), reference=reference.half(), notes=notes)
-    data.write_whole(path, lambda file: torch.save(state, file))
+    files.save(path, dict(config=dataclasses.asdict(model.config), model=half(model.state_dict()),
+                          classes=classifier.classes, network=classifier.network,
+                          classifier=half(classifier.state_dict()), reference=reference.half(), notes=notes))
 
 
 def load_checkpoint(path, device="cpu"):
     """A file written by `export` -> (model, classifier, reference features (n, F), notes), in float32."""
-    if not Path(path).is_file():
-        shipped = ", ".join(sorted(file.stem for file in WEIGHTS.glob("*.pt"))) or "none"
-        raise FileNotFoundError(f"checkpoint={str(path)!r} does not exist; train one with train_toy.py, "
-                                f"or use one of weights/: {shipped}")
-    state = torch.load(path, map_location=device, weights_only=True)
-    if "config" not in state:
-        raise ValueError(f"checkpoint={str(path)!r} holds a training state; use the file without '-training'")
-    model = TinyDiT(Config(**state["config"])).to(device)
-    model.load_state_dict(state["model"])
-    classifier = AttributeClassifier(state["classes"], state.get("network", "plain")).to(device)
-    classifier.load_state_dict(state["classifier"])
-    return model.eval(), classifier.eval(), state["reference"].float().cpu(), state["notes"]
+    shipped = ", ".join(sorted(file.stem for file in WEIGHTS.glob("*.pt"))) or "none"
+    with files.load(path, f"weights of train_toy.py, or one of weights/: {shipped}", device) as state:
+        model = TinyDiT(Config(**state["config"])).to(device)
+        model.load_state_dict(state["model"])
+        classifier = AttributeClassifier(state["classes"], state.get("network", "plain")).to(device)
+        classifier.load_state_dict(state["classifier"])
+        return model.eval(), classifier.eval(), state["reference"].float().cpu(), state["notes"]
 
 
 # ------------------------------------------------------------------------------------------------
