@@ -69,6 +69,6 @@ def run(main, parser, stopped="stopped"):
         flags = "|".join(action.dest for action in parser._actions)
         typed = re.sub(rf"\b({flags})=", lambda name: f"--{name[1].replace('_', '-')} ", str(error))
         if not users:
-            typed = f"{type(error).__name__}: {typed} (ERG_DEBUG=1 shows where)"
+            typed = f"{type(error).__name__}: {' '.join(typed.split())} (ERG_DEBUG=1 shows where)"
         print(f"error: {typed}", file=sys.stderr)
         sys.exit(2 if users else 1)

@@ -110,14 +110,14 @@ def locked(path):
         try:
             if fcntl:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            os.ftruncate(file.fileno(), 0)
+            os.write(file.fileno(), str(os.getpid()).encode())
         except BlockingIOError:
             file.seek(0)
             raise DataError(f"process {file.read()} is at work there and holds {path}; wait for it, "
                             "or choose another folder with --out") from None
-        except OSError:  # a file system without locks
+        except OSError:  # a disk that is full, or that has no locks
             pass
-        file.truncate(0)
-        print(os.getpid(), end="", file=file, flush=True)
         yield
 
 
@@ -150,18 +150,20 @@ def load(path, expected, device="cpu"):
         regular(path)
         content = io.BytesIO(Path(path).read_bytes())
         with zipfile.ZipFile(content) as parts:
-            if parts.testzip() or any(part.external_attr for part in parts.infolist()):
+            if parts.testzip() or any(part.external_attr & 16 for part in parts.infolist()):
                 raise ValueError("it is damaged: a check sum is wrong")
         content.seek(0)
         state = torch.load(content, map_location=device, weights_only=True)
-        names = ", ".join(map(str, state)) if isinstance(state, dict) else type(state).__name__
-        held = f"; it holds {names or 'nothing'}"
+        if not isinstance(state, dict):
+            raise ValueError(f"it holds a {type(state).__name__}")
+        held = f"; it holds {', '.join(map(str, state)) or 'nothing'}"
         if names := not_finite(state):
             raise ValueError(f"{names[0]} holds NaN or infinity")
         yield state
     except DataError:
         raise
     except Exception as error:
-        reason = f"{error} is missing" if isinstance(error, KeyError) else str(error)
-        raise DataError(f"cannot read {path} ({' '.join(reason.split())[:200]}{held}); "
-                        f"expected {expected}") from error
+        missing = isinstance(error, KeyError)
+        reason = f"{error} is missing" if missing else getattr(error, "strerror", None) or error
+        reason = " ".join(str(reason).split())[:200]
+        raise DataError(f"cannot read {path} ({reason}{held}); expected {expected}") from error
