@@ -309,6 +309,29 @@ class Job:
             self.run.restore(state)
             self.judge(state["judge"])
 
+    def forecast(self):
+        """Say how long it takes on this CPU; with --minutes, let the classifier take at most an eighth."""
+        o, seconds = self.options, []
+        tables = caption_tables(self.images, self.run.model.config)
+        batch = draw_batch(self.images, tables, self.recipe, 16, o.seed, 0)
+        for work in (lambda: Loss(self.run.model)(*batch).mean().backward(),
+                     lambda: train_classifier(self.images, self.recipe.classifier, 1)):
+            for _ in range(2):  # the first call is slower
+                began = time.time()
+                work()
+            seconds.append(time.time() - began)
+        self.run.optimizer.zero_grad(set_to_none=True)
+        if o.minutes and "classifier_iterations" not in o.given:
+            most = max(1, int(60 * o.minutes / 8 / seconds[1]))
+            o.classifier_iterations = min(o.classifier_iterations, most)
+        steps = o.batch / 16 * (o.iterations or 0)
+        hours = (seconds[0] * steps + seconds[1] * o.classifier_iterations) / 3600
+        if hours > 3:
+            print(f"This takes about {hours:,.0f} hours on {describe(self.device)}. "
+                  f"The recipe of {o.dataset} is meant for a GPU; --minutes sets a limit")
+        elif o.iterations:
+            print(f"This takes about {60 * hours:.0f} minutes on {describe(self.device)}")
+
     def judge(self, kept=None):
         """The classifier, and its features of 5,000 training images, which the metrics compare with."""
         if not main_process():
@@ -321,6 +344,8 @@ class Job:
             self.classifier.load_state_dict(kept["classifier"])
             self.reference = kept["reference"]
             return
+        if self.device.type == "cpu":
+            self.forecast()
         self.classifier = train_classifier(images, self.recipe.classifier, o.classifier_iterations, o.seed,
                                            device)
         generator = torch.Generator().manual_seed(o.seed)

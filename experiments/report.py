@@ -151,7 +151,8 @@ def markdown(name, record, text):
     scale, text = record["scale"], " ".join(text.split())
     lines = [f"# {record['title']}", "", text, "", f"![{name}]({name}.png)", "",
              f"`{record['command']}` · {record['minutes']:.1f} minutes of sampling, summed over processes · "
-             f"{record['hardware']} · torch {record['torch']}", ""]
+             f"{record['hardware']} · torch {record['torch']} · SHA-256 of the weights: "
+             f"{', '.join(f'{name}.pt {start}...' for name, start in record['weights'].items())}", ""]
     for checkpoint, result in record["checkpoints"].items():
         lines += [f"## {checkpoint}", ""]
         if "rows" in result:

@@ -118,8 +118,10 @@ def main(argv):
     results, used = sample_entries(names, weights, scale, options.cache, device)
     first = not dist.is_initialized() or dist.get_rank() == 0
     about = {name: getattr(scale, name) for name in ("steps", "seeds", "search_seeds", "budget")}
+    digests = {name: runs.weights_digest(name)[:12] for name in weights}
     for name in names if first else []:
-        record = dict(name=name, title=TITLES[name], command=command(argv), scale=about)
+        record = dict(name=name, title=TITLES[name], command=command(argv), scale=about,
+                      weights=digests)
         if name in entries.RUN_ENTRIES:
             record["checkpoints"] = {w: results[name, w] for w in weights}
             rows = {run: row for w in weights for run, row in used[name, w].items()}.values()

@@ -260,6 +260,24 @@ def test_a_box_of_time_sets_the_iterations(tmp_path, capsys):
     assert equal(training_state(tmp_path), state)
 
 
+def test_a_cpu_is_told_how_long_it_takes(tmp_path, monkeypatch, capsys):
+    """Before any work it says for how long, and from hours on that a GPU is meant; --minutes bounds the classifier."""
+    asked = []
+
+    def judge(job, kept):
+        asked.append((job.options.classifier_iterations, [p.grad for p in job.run.model.parameters() if p.grad is not None]))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train_toy.Job, "judge", judge)
+    for options, words in ((dict(iterations=10**8), "hours on 1 thread"), (dict(iterations=20), "about 0 minutes"),
+                           (dict(minutes=0.2), "")):
+        with pytest.raises(KeyboardInterrupt):
+            train_toy.main(device="cpu", out=str(tmp_path), **options)
+        output = capsys.readouterr().out
+        assert words in output and ("meant for a GPU" in output) == ("hours" in words) and bool(words) == bool(output)
+    assert asked[:2] == [(1000, [])] * 2 and 1 <= asked[2][0] < 1000
+
+
 def test_the_speed_leaves_out_the_first_steps():
     """After a slow start and then 10 steps a second, 970 fit into 100 seconds: 3 % are spare."""
     run, marks = SimpleNamespace(step=0, iterations=None, device="cpu"), []
