@@ -27,7 +27,9 @@ import erg
 from experiments import runs
 from tiny_dit import TinyDiT, flow_matching_loss
 from toy import data
+from toy.command import Parser, number, place, run
 from toy.drawing import draw_grid
+from toy.files import write_whole
 from toy.sampling import METHODS, choose_device, describe, recommended
 
 ROWS = [("none", {}), ("cfg", dict(w=1.5)), ("i-erg", dict(w=1.5, negative="same")), ("erg", dict(w=1.5)),
@@ -147,20 +149,24 @@ STEPS = {"dry": lambda o: train(o, dry=True), "train": train, "samples": samples
          "times": times}
 
 
-def main(argv):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+def arguments():
+    parser = Parser(__doc__)
     add = parser.add_argument
     add("steps", nargs="+", choices=STEPS)
-    add("--data-dir", help="folder with CIFAR-10's official files")
-    add("--out", default="out/gpu", help="folder for everything that is written (out/gpu)")
-    add("--minutes", type=float, default=8.0, help="of training (8)")
-    add("--images", type=int, help="a row of `samples` (10,000; 20 on a CPU)")
+    add("--data-dir", type=place, help="folder with CIFAR-10's official files")
+    add("--out", default="out/gpu", type=place, help="folder for everything that is written (out/gpu)")
+    add("--minutes", type=number(0.001, 1e5), default=8.0, help="of training (8)")
+    add("--images", type=number(10, 10**5, int), help="a row of `samples` (10,000; 20 on a CPU)")
     add("--device", choices=("cuda", "cpu"), help="cuda if it is there")
-    o = parser.parse_args(argv)
+    return parser
+
+
+def main(**given):
+    o = argparse.Namespace(**given)
     o.out, o.chosen, failed = Path(o.out).resolve(), choose_device(o.device), []
     o.device, o.images = o.chosen.type, o.images or (20 if o.chosen.type == "cpu" else 10_000)
     o.data_dir = o.data_dir and Path(o.data_dir).resolve()
-    o.write = lambda name, rows: data.write_whole(o.out / name, lambda file: file.write(json.dumps(
+    o.write = lambda name, rows: write_whole(o.out / name, lambda file: file.write(json.dumps(
         dict(hardware=describe(o.chosen), torch=str(torch.__version__), rows=rows), indent=1).encode()))
     torch.set_float32_matmul_precision("high")
     for step in o.steps:
@@ -176,4 +182,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run(main, arguments())
