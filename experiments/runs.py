@@ -28,7 +28,7 @@ from toy.metrics import (ball_radii, features_of, frechet_distance, precision_re
                          saturation)
 from toy.sampling import WEIGHTS, choose_device, describe, generate, load_checkpoint, prepare
 
-VERSION = 3
+VERSION = 4
 ROOT = Path(__file__).resolve().parent.parent
 CACHE = ROOT / "out" / "cache"
 TASKS = ("text", "class", "unconditional")
@@ -73,9 +73,10 @@ def weights_digest(name):
 
 @functools.cache
 def checkpoint(name, device="cpu"):
-    """(model, classifier, reference features) of a shipped checkpoint; only the model is on `device`."""
-    model, classifier, reference, _ = load_checkpoint(WEIGHTS / f"{name}.pt")
-    return model.to(device).requires_grad_(False), classifier.requires_grad_(False), reference
+    """(model, classifier, reference features) of a shipped checkpoint on `device`; mps lacks float64."""
+    model, classifier, reference, _ = load_checkpoint(WEIGHTS / f"{name}.pt", device)
+    exact = "cpu" if torch.device(device).type == "mps" else device
+    return model.requires_grad_(False), classifier.to(exact).requires_grad_(False), reference.to(exact)
 
 
 def attribute_words(model):
@@ -121,13 +122,14 @@ def sample_run(run, device="cpu"):
     model, *_ = checkpoint(run.weights, device)
     prompts, attributes = draw_prompts(attribute_words(model), run.task, run.images, run.seed)
     prepared = prepare(run.method, **run.parameters)
-    return generate(model, prompts, prepared, run.steps, run.seed, batch=64), attributes
+    batch = 2000 if torch.device(device).type == "cuda" else 64
+    return generate(model, prompts, prepared, run.steps, run.seed, batch), attributes
 
 
 def compute(run, device="cpu"):
     """Sample and measure: a row of numbers, evaluations a step and image (nfe) and seconds among them."""
     began, evaluations = time.perf_counter(), []
-    model, classifier, _ = checkpoint(run.weights, device)
+    model, classifier, reference = checkpoint(run.weights, device)
 
     def count(module, args):
         if isinstance(module, TinyDiT):
@@ -139,11 +141,13 @@ def compute(run, device="cpu"):
     finally:
         counter.remove()
     with torch.no_grad():
-        features = features_of(classifier, x)
+        features = features_of(classifier, x).to(reference.device)
         outputs = classifier.heads(features).split(classifier.classes, dim=1)
-    row = dict(measure(run.weights, features), saturation=saturation(x),
-               nfe=sum(evaluations) / (run.images * run.steps))
-    right = torch.stack([y.argmax(1) for y in outputs], dim=1) == attributes  # (n, A)
+    radius = reference_radii(run.weights, device)
+    row = {"frechet": frechet_distance(reference, features),
+           **precision_recall_density_coverage(reference, features, real_radius=radius),
+           "saturation": saturation(x), "nfe": sum(evaluations) / (run.images * run.steps)}
+    right = torch.stack([y.argmax(1).cpu() for y in outputs], dim=1) == attributes  # (n, A)
     if run.task == "text":
         row.update(zip(attribute_words(model), right.double().mean(0).tolist()))
         row["prompt"] = right.all(1).double().mean().item()
@@ -152,20 +156,13 @@ def compute(run, device="cpu"):
     return dict(row, seconds=time.perf_counter() - began)
 
 
-def measure(name, features):
-    """Frechet distance and manifold metrics of features to all of a checkpoint's reference."""
-    _, _, reference = checkpoint(name)
-    return {"frechet": frechet_distance(reference, features),
-            **precision_recall_density_coverage(reference, features, real_radius=reference_radii(name))}
-
-
 @functools.cache
-def reference_radii(name):
-    return ball_radii(checkpoint(name)[2], 5)
+def reference_radii(name, device):
+    return ball_radii(checkpoint(name, device)[2], 5)
 
 
 def measure_real(name, seed, images):
-    """The same for real images in place of samples: `images` of the reference against the rest of it."""
+    """Metrics of real images in place of samples: `images` of the reference against the rest of it."""
     _, _, reference = checkpoint(name)
     order = torch.randperm(len(reference), generator=torch.Generator().manual_seed(seed))
     part, rest = reference[order[:images]], reference[order[images:]]

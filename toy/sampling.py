@@ -104,15 +104,16 @@ class CADS:
         if not 0 <= self.psi <= 1:
             raise ValueError(f"psi={self.psi!r} must lie between 0 and 1")
 
-    def anneal(self, y, t, generator=None):
+    def anneal(self, y, t, generators=None):
         """sqrt(g) * y + scale * sqrt(1 - g) * noise, rescaled, for a condition y (B, L, W) at time t.
 
-        g rises from 0 to 1 with t. Mean and deviation are each sample's own, so batches do not matter.
+        g rises from 0 to 1 with t. Mean, deviation and noise are each sample's own: batches do not matter.
         """
         g = min(1.0, max(0.0, (self.tau2 - (1 - t)) / (self.tau2 - self.tau1)))
         if g == 1:
             return y
-        noise = torch.randn(y.shape, generator=generator, device=generator.device if generator else y.device)
+        noise = torch.randn_like(y) if generators is None else \
+            torch.stack([torch.randn(y.shape[1:], generator=generator) for generator in generators])
         noisy = math.sqrt(g) * y + self.scale * math.sqrt(1 - g) * noise.to(y)
         dims = tuple(range(1, y.dim()))
         std, mean = torch.std_mean(noisy, dims, keepdim=True)
@@ -138,8 +139,8 @@ def guided_by(settings, cads=None):
         if s.negative == "same":  # as the prompt says it, not as CADS anneals it
             s, negative = dataclasses.replace(s, negative="null"), condition
         guidance = erg.Guidance(s, negative)
-        generator = torch.Generator().manual_seed(1_000_000_007 + seed)  # another stream than the images'
-        return condition, lambda model, x, t, y: guidance(model, x, t, cads.anneal(y, t, generator))
+        generators = [torch.Generator().manual_seed((seed + row) % 2**32) for row in range(len(tokens))]
+        return condition, lambda model, x, t, y: guidance(model, x, t, cads.anneal(y, t, generators))
     return condition_and_guidance
 
 
@@ -164,7 +165,7 @@ def build_cads(**p):
 class Method:
     """A row of METHODS. `build(**parameters)` returns a function (model, tokens (B, L), null (B, L), seed).
 
-    That function returns the condition and the guidance of one batch; guidance None is the model alone.
+    It returns condition and guidance of a batch; guidance None is the model alone. Sample i has seed + i.
     """
 
     label: str  # in tables
@@ -231,7 +232,8 @@ def generate(model, captions, prepared=None, steps=25, seed=0, batch=128):
     images = []
     for i in range(0, len(captions), batch):
         part = tokens[i:i + batch].to(device)  # (B, L)
-        condition, guidance = prepared(model, part, null.expand(len(part), -1).to(device), seed + i)
+        first = 1_000_000_007 + 1_000_003 * seed + i  # CADS' noise is another stream than the images'
+        condition, guidance = prepared(model, part, null.expand(len(part), -1).to(device), first)
         x = sample(model, noise[i:i + batch].to(device), condition, steps, guidance)  # (B, C, S, S)
         images.append(x.clamp(-1, 1).cpu())
     return torch.cat(images)
