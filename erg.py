@@ -720,7 +720,7 @@ def check_numbers(low=-math.inf, high=math.inf, above=-math.inf, whole=False, **
     """An error unless every value is a finite number in [low, high] and greater than `above`."""
     kind, words = (numbers.Integral, "whole") if whole else (numbers.Real, "finite Python")
     for name, value in values.items() if not torch.compiler.is_compiling() else ():  # checked before
-        number = isinstance(value, kind) and not isinstance(value, bool) and math.isfinite(value)
+        number = isinstance(value, kind) and not isinstance(value, bool) and -math.inf < value < math.inf
         if not number or not low <= value <= high or not value > above:
             limits = {"at least": low, "at most": high, "greater than": above}
             text = "".join(f", {word} {limit:g}" for word, limit in limits.items() if math.isfinite(limit))

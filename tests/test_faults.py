@@ -83,7 +83,7 @@ ENERGY = [
     *each(lambda name: erg.hopfield_step(Q, Q, **{name: NAN}), "=nan must be a finite", "beta", "tau", "alpha", "gamma"),
     *each(lambda tau: erg.hopfield_energy(Q, Q, tau=tau), "tau={} must be a finite Python number, greater than 0", 0.0, 1j),
     *each(lambda tau: attend(Q, tau=tau), "tau={} must be a finite Python number, at least 0", -0.1, NAN, [0.1, 0.2], "1", 1j),
-    *each(lambda tau: attend(Q, tau=tau), "tau=tensor|finite real numbers, at least 0", torch.tensor([1j, 1j]), torch.tensor(-1)),
+    *each(lambda tau: attend(Q, tau=tau), "tau=|finite real numbers, at least 0", torch.tensor([1j, 1j]), torch.tensor(-1)),
     *each(lambda tau: attend(Q, tau=tau), "tau is (|it must be a number or (2,), one a row", torch.ones(3), torch.ones(2, 1)),
     *each(lambda alpha: attend(Q, alpha=alpha), "alpha={}", INF, None), *each(lambda gamma: attend(Q, gamma=gamma), "gamma={}", 0.0, "a"),
     *each(lambda K: attend(Q, K=K), "K={} must be a whole number, at least 1", 0, 1.5, True),
@@ -159,7 +159,7 @@ TOY = [
     (lambda: recommended("sgd", "digits"), "method='sgd' must be one of"), (lambda: recommended("erg", "mnits"), "dataset='mnits' must be one of digits, mnist"),
     *each(lambda captions: generate(MODEL, captions), "prompts={} must be a list", [], "a red"),
     *each(lambda batch: generate(MODEL, ["a"], batch=batch), "batch={} must be a whole number, at least 1", 0, 1.5),
-    *each(lambda seed: generate(MODEL, ["a"], seed=seed), "seed={} must be a whole number, at least 0, at most", -1, 2**70, "a"),
+    *each(lambda seed: generate(MODEL, ["a"], seed=seed), "seed={} must be a whole number, at least 0, at most", -1, 2**70, 2**2000, "a"),
     *[row for metric in (manifold, frechet) for row in table(
         lambda pair, metric=metric: metric(*pair), ((torch.zeros(9), PAIR[0]), "real has the shape"), ((PAIR[0], torch.zeros(9, 3)), "2 dimensions and fake 3"),
         ((torch.full((9, 2), NAN), PAIR[0]), "real holds NaN"), ((PAIR[0], torch.full((9, 2), INF)), "fake holds NaN"))],
