@@ -52,8 +52,8 @@ def hopfield_energy(xi, X, *, beta=None, tau=1.0, alpha=1.0):
     tau must be positive: the energy is unbounded as tau -> 0, though its gradient is not.
     """
     beta = xi.shape[-1] ** -0.5 if beta is None else beta
-    _numbers(above=0, beta=beta, tau=tau)
-    _numbers(alpha=alpha)
+    check_numbers(above=0, beta=beta, tau=tau)
+    check_numbers(alpha=alpha)
     b = tau * beta
     return 0.5 * xi.square().sum(-1) - alpha * torch.logsumexp(b * (xi @ X.mT), dim=-1) / b
 
@@ -64,8 +64,8 @@ def hopfield_step(xi, X, *, beta=None, tau=1.0, alpha=1.0, gamma=1.0):
     xi (..., S, d), X (..., N, d) -> (..., S, d). With gamma = 1 and alpha >= 0 the energy never rises (CCCP).
     """
     beta = xi.shape[-1] ** -0.5 if beta is None else beta
-    _numbers(low=0, beta=beta, tau=tau)
-    _numbers(alpha=alpha, gamma=gamma)
+    check_numbers(low=0, beta=beta, tau=tau)
+    check_numbers(alpha=alpha, gamma=gamma)
     association = torch.softmax(tau * beta * (xi @ X.mT), dim=-1)  # (..., S, N)
     return xi - gamma * (xi - alpha * (association @ X))
 
@@ -162,15 +162,13 @@ def _attend(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, s
     outer = chosen = _thread.outer
     if outer is None:  # a call of the model, not a step of an answer
         chosen = tuple([rectifier for rectifier in _thread.active if rectifier.chooses(query, key)])
+    options = dict(attn_mask=attn_mask, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa)
     if not chosen:
-        return _plain(query, key, value, attn_mask=attn_mask, dropout_p=dropout_p, is_causal=is_causal,
-                      scale=scale, enable_gqa=enable_gqa)
-    if dropout_p:
-        raise ValueError(f"dropout_p={dropout_p} in a rectified call: call the model's eval() first")
+        return _plain(query, key, value, dropout_p=dropout_p, **options)
+    _require(not dropout_p, "dropout_p", dropout_p, "0 in a rectified call: call the model's eval() first")
     try:
         _thread.outer = chosen[:-1]
-        return chosen[-1].answer(query, key, value, attn_mask=attn_mask, is_causal=is_causal, scale=scale,
-                                 enable_gqa=enable_gqa)
+        return chosen[-1].answer(query, key, value, **options)
     finally:
         _thread.outer = outer
 
@@ -238,8 +236,10 @@ class _Rectifier:
             raise ValueError("give tau, alpha, gamma or K, or an attention function, and not both")
         if queries is not None and tau is None and attention is None:
             raise ValueError(f"queries={queries} has no effect without tau")
-        if kind not in ("self", "cross", "all"):
-            raise ValueError(f"kind={kind!r} must be 'self', 'cross' or 'all'")
+        _require(kind in ("self", "cross", "all"), "kind", kind, "'self', 'cross' or 'all'")
+        _require(attention is None or callable(attention), "attention", attention, "a function, or None")
+        _require(when is None or callable(when), "when", when, "a function, or None")
+        check_numbers(whole=True, low=1, batch=1 if batch is None else batch)
         self.tau, self.alpha, self.gamma, self.K = 1.0 if tau is None else tau, alpha, gamma, K
         _check_energy(self.tau, alpha, gamma, K)
         _check_slice("rows", rows)
@@ -253,8 +253,7 @@ class _Rectifier:
 
     def begin(self, ordinary=False):
         """A forward begins."""
-        counts = dict.fromkeys(("self", "cross", "all", "missed"), 0) | {"ordinary": ordinary, "rows": []}
-        self.counts.append(counts)
+        self.counts.append(dict(self=0, cross=0, all=0, missed=0, ordinary=ordinary, rows=[]))
         self.ran, self.rectified = self.ran + 1, self.rectified + (not ordinary)
         _thread.active = tuple(sorted({*_thread.active, self}, key=lambda rectifier: rectifier.number))
 
@@ -316,6 +315,8 @@ class _Rectifier:
         tau, rows, queries = self.tau, self.rows, self.queries
         if self.attention is not None:
             out = self.attention(q, k, v, **options)
+            good = isinstance(out, Tensor) and out.shape[-2:] == (q.shape[-2], v.shape[-1])
+            _require(good and len(out) >= len(q), "attention(q, k, v)", out, "a tensor like q, as wide as v")
         elif rows is not None and self.alpha == self.gamma == self.K == 1:  # one call for all rows
             return F.scaled_dot_product_attention(_temper(q, tau, rows, queries), k, v, **options)
         else:
@@ -399,8 +400,7 @@ def rectify(model=None, *, tau=None, alpha=1.0, gamma=1.0, K=1, layers=None, row
     without having met every chosen layer, or the context without a forward. Warns if `when` was never true.
     """
     rectifier = _Rectifier(tau, alpha, gamma, K, layers, rows, queries, attention, when, kind, batch)
-    if model is None and when is not None:
-        raise ValueError("when=... is asked at the start of a module's forward: give the module, too")
+    _require(model is not None or when is None, "when", when, "None without a model, whose forwards ask it")
     if model is not None:
         _check_model(model)
     with rectifier.forward() if model is None else rectifier.attached(model):
@@ -447,8 +447,7 @@ class AttentionCalls(list):
         If more than half of the calls have equally many queries, only these count: not a text encoder's own.
         """
         lengths = {call.number: call.query[-2] for call in self if call.kind == kind}
-        if not lengths:
-            raise ValueError(f"kind={kind!r}: none of the {len(self)} attention calls is of this kind")
+        _require(lengths, "kind", kind, f"that of one of the {len(self)} attention calls")
         usual = [n for n in lengths if 2 * list(lengths.values()).count(lengths[n]) > len(lengths)]
         chosen = usual or list(lengths)
         first = round(len(chosen) / 3) if len(chosen) > 2 else 0
@@ -509,20 +508,18 @@ def encode(encoder, *args, tau, layers=None, projections=None, **kwargs):
              if isinstance(a, Tensor) and a.is_floating_point()]
     least = (1e-4 if projections is None else 5e-3) * min(1, abs(1 - tau))  # a norm's eps leaves 1e-3
     if tau != 1 and pairs and not any((a - b).norm() >= least * a.norm() for a, b in pairs):
-        raise RuntimeError(f"tau={tau} left the encoding as it was: something after the queries undoes "
-                           "it (a norm of the queries, linear attention), their attention does not reach the "
-                           "output, or the text is one token")
+        raise RuntimeError(f"tau={tau} left the encoding as it was: a norm of the queries or linear "
+                           "attention undoes it, the attention does not reach the output, or it is one token")
     return strong, weak
 
 
 @contextlib.contextmanager
 def _tempered(projections, tau):
     """Context in which the output of each of these modules is multiplied by tau."""
-    _numbers(low=0, tau=tau)
-    projections = list(projections) if isinstance(projections, Collection) else []
-    if not projections or not all(isinstance(projection, nn.Module) for projection in projections):
-        raise ValueError("projections must be a list of modules of the encoder, for example "
-                         "[layer.self_attn.q_proj for layer in encoder.layers[2:6]]")
+    check_numbers(low=0, tau=tau)
+    good = isinstance(projections, Collection) and projections and \
+        all(isinstance(projection, nn.Module) for projection in projections)
+    _require(good, "projections", projections, "a list of modules of the encoder: what makes the queries")
     ran = set()
     temper = lambda module, inputs, output: ran.add(module) or output * tau
     hooks = [projection.register_forward_hook(temper) for projection in set(projections)]
@@ -548,8 +545,8 @@ class APG:
     norm_threshold: float = 5.0  # largest norm of the difference, per sample; 0 is no limit
 
     def __post_init__(self):
-        _numbers(momentum=self.momentum, eta=self.eta)
-        _numbers(low=0, norm_threshold=self.norm_threshold)
+        check_numbers(momentum=self.momentum, eta=self.eta)
+        check_numbers(low=0, norm_threshold=self.norm_threshold)
 
     def update(self, x1_pos, x1_neg, w, running=0.0):
         """Guide predictions of the data (B, ...): momentum, clip, project on x1_pos (appendix D).
@@ -557,10 +554,8 @@ class APG:
         Returns (x1, new running). Unlike eq. 10 it depends on the space: norms are those of the data.
         """
         running = x1_pos - x1_neg + self.momentum * running
-        difference = running
-        if self.norm_threshold > 0:
-            norm = torch.linalg.vector_norm(running, dim=tuple(range(1, running.dim())), keepdim=True)
-            difference = running * (self.norm_threshold / norm.clamp_min(1e-12)).clamp(max=1)
+        norm = torch.linalg.vector_norm(running, dim=tuple(range(1, running.dim())), keepdim=True)
+        difference = running * ((self.norm_threshold or math.inf) / norm.clamp_min(1e-12)).clamp(max=1)
         parallel, orthogonal = project(difference, x1_pos)
         return x1_pos + (w - 1) * (orthogonal + self.eta * parallel), running
 
@@ -584,17 +579,17 @@ class ERG:
     apg: APG | None = None
 
     def __post_init__(self):
-        _numbers(w=1.0 if callable(self.w) else self.w)
-        _numbers(low=0, tau_i=self.tau_i, tau_c=self.tau_c)
-        _numbers(low=0, high=1, kappa=self.kappa)
+        check_numbers(w=1.0 if callable(self.w) else self.w)
+        check_numbers(low=0, tau_i=self.tau_i, tau_c=self.tau_c)
+        check_numbers(low=0, high=1, kappa=self.kappa)
         _check_energy(self.tau_i, self.alpha, self.gamma, self.K)
         _check_slice("queries", self.queries)
         _layers("layers", self.layers)
         by_name = isinstance(self.layers_c, Mapping) and self.layers_c
         for layers in self.layers_c.values() if by_name else [self.layers_c]:
             _layers("layers_c", layers)
-        if self.negative not in (None, "null", "same"):
-            raise ValueError(f"negative={self.negative!r} must be 'null' or 'same'")
+        _require(self.negative in (None, "null", "same"), "negative", self.negative, "'null' or 'same'")
+        _require(isinstance(self.apg, APG | None), "apg", self.apg, "an erg.APG, or None")
         if self.negative == "same" and (not self.rectifies or self.kappa == 1):
             raise ValueError("negative='same' without I-ERG, or with kappa=1, is no guidance: both are equal")
         denoiser = "tau_i = alpha = gamma = K = 1 leaves the denoiser as it is"
@@ -623,13 +618,10 @@ class ERG:
         if isinstance(layers, Mapping) != (name is not None) or (name is not None and name not in layers):
             raise ValueError(f"name={name!r} must be a name in layers_c={layers!r}, and None if it has none")
         if self.tau_c != 1:
-            layers = layers if name is None else layers[name]
-            return encode(encoder, *args, tau=self.tau_c, layers=layers, **kwargs)
+            return encode(encoder, *args, tau=self.tau_c, layers=layers[name] if name else layers, **kwargs)
         if self.negative == "same":
             return encoder(*args, **kwargs), None
-        if null is None:
-            raise ValueError("null=None: without C-ERG the negative's condition is that of the null prompt; "
-                             "give it, or choose negative='same'")
+        _require(null is not None, "null", null, "the null prompt, where there is neither C-ERG nor 'same'")
         weak = encoder(**null) if isinstance(null, Mapping) else encoder(null, **kwargs)
         return encoder(*args, **kwargs), weak
 
@@ -647,29 +639,26 @@ class Guidance:
     """
 
     def __init__(self, settings, negative=None):
-        if not isinstance(settings, ERG):
-            raise TypeError(f"settings={settings!r} must be an erg.ERG")
-        if (negative is None) != (settings.negative == "same"):
-            raise ValueError("give a negative condition (the weak encoding, or that of the null prompt: see "
-                             "ERG.encode), or negative='same' in the settings: one of the two")
+        _require(isinstance(settings, ERG), "settings", settings, "an erg.ERG")
+        _require((negative is None) == (settings.negative == "same"), "negative", negative,
+                 "the negative's condition, as ERG.encode makes it, or None if the settings have 'same'")
         s, self.settings, self.negative, self.running = settings, settings, negative, 0.0
         self.rectifier = _Rectifier(s.tau_i, s.alpha, s.gamma, s.K, s.layers, queries=s.queries)
 
     def __call__(self, model, x, t, condition=None):
         s, t = self.settings, float(t)  # one time, the same for all samples
         w = s.w(t) if callable(s.w) else s.w
-        _numbers(w=w)
-        _numbers(low=0, high=1, t=t)
-        if condition is None and self.negative is not None:
-            raise ValueError("condition=None leaves nothing to contrast with the negative's condition")
+        check_numbers(w=w)
+        check_numbers(low=0, high=1, t=t)
+        given = condition is not None or self.negative is None
+        _require(given, "condition", condition, "given, to be contrasted with the negative's condition")
         negative, rectified = condition if self.negative is None else self.negative, self.rectifies_at(t)
         if w == 1 or (negative is condition and not rectified):
-            return model(x, x.new_full((len(x),), t, dtype=torch.float32), condition)
+            return _evaluate(model, x, t, condition)
         v_pos, v_neg = self.predictions(model, x, t, condition, negative, rectified)
         if s.apg is None:
             return guide(v_pos, v_neg, w)
-        if t == 1:
-            raise ValueError(f"t={t} must be less than 1 with APG, which divides by 1 - t")
+        _require(t < 1, "t", t, "less than 1 with APG, which divides by 1 - t")
         wide = torch.promote_types(v_pos.dtype, torch.float32)  # x1 - x cancels near t = 1
         y, v_pos, v_neg = x.to(wide), v_pos.to(wide), v_neg.to(wide)
         x1, self.running = s.apg.update(y + (1 - t) * v_pos, y + (1 - t) * v_neg, w, self.running)
@@ -687,13 +676,19 @@ class Guidance:
             self.rectifier.rows, self.rectifier.batch = (slice(B, 2 * B), 2 * B) if batched else (None, None)
             context = self.rectifier.forward()
         matched = pytree.tree_map(functools.partial(_match, B if batched else None), positive, negative)
-        times = x.new_full((2 * B,), t, dtype=torch.float32)
         if batched:
             with context:
-                return model(torch.cat([x, x]), times, matched).chunk(2)
-        v_pos = model(x, times[:B], positive)
+                return _evaluate(model, torch.cat([x, x]), t, matched).chunk(2)
+        v_pos = _evaluate(model, x, t, positive)
         with context:
-            return v_pos, model(x, times[:B], matched)
+            return v_pos, _evaluate(model, x, t, matched)
+
+
+def _evaluate(model, x, t, condition):
+    """model(x, t, condition) for x (B, ...) and one time t."""
+    v = model(x, x.new_full((len(x),), t, dtype=torch.float32), condition)
+    _require(isinstance(v, Tensor) and v.shape[:1] == x.shape[:1], "model(x, t, c)", v, "a tensor like x")
+    return v
 
 
 def _match(batch, positive, negative):
@@ -706,42 +701,49 @@ def _match(batch, positive, negative):
     if tensors and (positive.shape, positive.dtype) == (negative.shape, negative.dtype) and \
             positive.shape[:1] == (batch,):
         return torch.cat([positive, negative])
-    say = lambda y: f"{tuple(y.shape)}, {y.dtype}" if isinstance(y, Tensor) else repr(y)[:60]
-    raise ValueError(f"the condition has {say(positive)} and the negative's has {say(negative)}: one pass "
+    raise ValueError(f"the condition has {_say(positive)} and the negative's has {_say(negative)}: one pass "
                      f"needs two alike, with a row for each of {batch} samples; batched=False takes others")
 
 
 # ---- 7. Checks of what users give --------------------------------------------------------------------------
 
 
-def _numbers(low=-math.inf, high=math.inf, above=-math.inf, **values):
+_say = lambda y: f"{tuple(y.shape)}, {y.dtype}" if isinstance(y, Tensor) else f"{y!r:.60}"
+
+
+def _require(good, name, value, allowed):
+    if not good:
+        raise ValueError(f"{name}={_say(value)} must be {allowed}")
+
+
+def check_numbers(low=-math.inf, high=math.inf, above=-math.inf, whole=False, **values):
     """An error unless every value is a finite number in [low, high] and greater than `above`."""
+    kind, words = (numbers.Integral, "whole") if whole else (numbers.Real, "finite Python")
     for name, value in values.items() if not torch.compiler.is_compiling() else ():  # checked before
-        number = isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
+        number = isinstance(value, kind) and not isinstance(value, bool) and -math.inf < value < math.inf
         if not number or not low <= value <= high or not value > above:
             limits = {"at least": low, "at most": high, "greater than": above}
             text = "".join(f", {word} {limit:g}" for word, limit in limits.items() if math.isfinite(limit))
-            raise ValueError(f"{name}={value!r} must be a finite Python number{text}")
+            raise ValueError(f"{name}={value!r} must be a {words} number{text}")
 
 
 def _check_energy(tau, alpha, gamma, K):
     if not isinstance(tau, Tensor):
-        _numbers(low=0, tau=tau)
-    elif tau.device.type == "cpu" and not torch.compiler.is_compiling():  # a GPU's would be waited for
-        if not (tau.isfinite() & (tau >= 0)).all():
-            raise ValueError(f"tau={tau} must be finite, and at least 0")
-    _numbers(alpha=alpha)
-    _numbers(above=0, gamma=gamma)
-    if not isinstance(K, numbers.Integral) or isinstance(K, bool) or K < 1:
-        raise ValueError(f"K={K!r} must be a whole number, at least 1")
+        check_numbers(low=0, tau=tau)
+    elif tau.is_complex() or tau.device.type == "cpu" and not torch.compiler.is_compiling() and \
+            not (tau.isfinite() & (tau >= 0)).all():  # a GPU's would be waited for
+        raise ValueError(f"tau={tau} must be finite real numbers, at least 0")
+    check_numbers(alpha=alpha)
+    check_numbers(above=0, gamma=gamma)
+    check_numbers(whole=True, low=1, K=K)
 
 
 def _check_slice(name, part, length=None):
     """An error unless `part` is None, or a slice that selects something of `length` and nothing beyond."""
-    ends = (part.start, part.stop) if isinstance(part, slice) else (part,)
-    if not all(end is None or (isinstance(end, numbers.Integral) and len(ends) == 2) for end in ends):
-        raise TypeError(f"{name}={part!r} must be a slice of whole numbers")
-    fits = None in (part, length) or (max(abs(end or 0) for end in ends) <= length and range(length)[part])
+    ends = (part.start, part.stop, part.step) if isinstance(part, slice) else (part,)
+    whole = all(n is None or (isinstance(n, numbers.Integral) and len(ends) == 3) for n in ends)
+    _require(whole and (ends[-1] is None or ends[-1] > 0), name, part, "a slice of whole numbers, step > 0")
+    fits = None in (part, length) or (max(abs(n or 0) for n in ends[:2]) <= length and range(length)[part])
     if not fits:
         raise ValueError(f"{name}={part} does not fit the {length} {name} of an attention call "
                          "(erg.attention_calls lists them)")
@@ -752,8 +754,8 @@ def _layers(name, layers):
     if layers is None:
         return None
     whole = lambda n: isinstance(n, numbers.Integral) and not isinstance(n, bool) and n >= 0
-    if not isinstance(layers, Collection) or not len(layers) or not all(map(whole, layers)):
-        raise ValueError(f"{name}={layers!r} must hold layer numbers, none negative, for example range(6, 8)")
+    good = isinstance(layers, Collection) and len(layers) and all(map(whole, layers))
+    _require(good, name, layers, "a collection of layer numbers, for example range(6, 8)")
     return frozenset(layers)
 
 
@@ -772,8 +774,7 @@ def _check_evaluation(model):
 
 def _check_model(model):
     """An error for a model that cannot be rectified, a warning for one that is compiled block by block."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model={model!r} must be a torch.nn.Module, or None for all that runs in a context")
+    _require(isinstance(model, nn.Module), "model", model, "a torch.nn.Module, or None for all in a context")
     _check_evaluation(model)
     root, name = getattr(model, "_orig_mod", model), type(model).__name__
     if root is model and model._compiled_call_impl is not None:
@@ -781,9 +782,8 @@ def _check_model(model):
                          "torch.compile(model), and give rectify what it returns")
     parts = list(root.modules())[1:]
     if any(part._compiled_call_impl is not None or hasattr(part, "_orig_mod") for part in parts):
-        warnings.warn(f"parts of {name} are compiled on their own. If rectified, each layer "
-                      "needs a graph of its own, and torch._dynamo.config.recompile_limit allows 8. Raise it "
-                      "above the number of layers, or compile the whole model", stacklevel=4)
+        warnings.warn(f"parts of {name} are compiled on their own, and each rectified layer needs a graph: "
+                      "raise torch._dynamo.config.recompile_limit, or compile the whole model", stacklevel=4)
 
 
 # Table 7, which gives no w: SD3's is from appendix E, the others are from Table 6 and figures 12 and 16.

@@ -44,13 +44,24 @@ class Config:
     vocabulary: tuple = ()  # the words; <pad> is added in front
 
     def __post_init__(self):
+        check_whole(**{name: value for name, value in vars(self).items() if name != "vocabulary"})
         if self.image_size % self.patch:
             raise ValueError(f"patch={self.patch} must divide image_size={self.image_size}")
         if self.width % self.heads or self.width % 4:
             raise ValueError(f"width={self.width} must be a multiple of heads={self.heads} and of 4")
-        if not self.vocabulary or PAD in self.vocabulary:
-            raise ValueError(f"vocabulary={self.vocabulary!r} must hold at least one word, and not {PAD!r}")
-        object.__setattr__(self, "vocabulary", tuple(self.vocabulary))  # a list after loading JSON
+        words = self.vocabulary if isinstance(self.vocabulary, (tuple, list)) else ()
+        lower = all(isinstance(word, str) and word.lower().split() == [word] for word in words)
+        if not words or not lower or len({PAD, *words}) != len(words) + 1:
+            raise ValueError(f"vocabulary={self.vocabulary!r} must be a list of words in lower case, at "
+                             f"least one, none twice, and not {PAD!r}")
+        object.__setattr__(self, "vocabulary", tuple(words))  # a list after loading JSON
+
+
+def check_whole(**values):
+    """An error unless every value is a whole number, at least 1."""
+    for name, value in values.items():
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name}={value!r} must be a whole number, at least 1")
 
 
 def tokenize(prompts, config):
@@ -58,8 +69,8 @@ def tokenize(prompts, config):
 
     Raises ValueError for a word outside the vocabulary and for a caption longer than L words.
     """
-    if isinstance(prompts, str):
-        raise ValueError(f"prompts={prompts!r} must be a list of strings, not one string")
+    if not isinstance(prompts, (list, tuple)) or not prompts or not all(isinstance(p, str) for p in prompts):
+        raise ValueError(f"prompts={prompts!r:.200} must be a list of strings, at least one")
     number = {word: i for i, word in enumerate((PAD,) + config.vocabulary)}
     tokens = torch.zeros(len(prompts), config.caption_length, dtype=torch.long)
     for row, prompt in zip(tokens, prompts):
@@ -81,6 +92,8 @@ def drop_words(tokens, caption=0.1, word=0.1, generator=None):
     The words that stay move to the front, as if the shorter caption had been typed: (B, L) -> (B, L).
     It teaches the null prompt that CFG needs, and prompts that lack words.
     """
+    if not all(isinstance(rate, (int, float)) and 0 <= rate <= 1 for rate in (caption, word)):
+        raise ValueError(f"caption={caption!r}, word={word!r} must be rates between 0 and 1")
     B, L = tokens.shape
     keep = torch.rand(B, L, generator=generator, device=tokens.device) >= word
     keep &= torch.rand(B, 1, generator=generator, device=tokens.device) >= caption
@@ -221,6 +234,8 @@ class TinyDiT(nn.Module):
     def forward(self, x, t, condition):
         """x (B, C, S, S), t (B,) or a number, condition (B, L, W) from `encode` -> v (B, C, S, S)."""
         t = torch.as_tensor(t, dtype=torch.float32, device=x.device).expand(len(x))
+        if t.device.type == "cpu" and not torch.compiler.is_compiling() and not ((0 <= t) & (t <= 1)).all():
+            raise ValueError(f"t={t.tolist()} must lie between 0 (noise) and 1 (data)")
         N, time = self.side**2, frequencies(1000 * t, self.config.width).to(condition.dtype)  # (B, W)
         c = F.silu(self.time(time) + self.pooled(condition.mean(dim=1)))  # (B, W)
         tokens = torch.cat([self.patch_in(self.patchify(x)) + self.positions, condition], dim=1)  # (B, T, W)
@@ -250,8 +265,7 @@ def sample(model, noise, condition, steps=50, guidance=None, trajectory=False):
     `guidance` is any function (model, x, t, condition) -> v; None uses the model's own velocity.
     Returns the images, or with `trajectory=True` all of x at t = 0, 1/steps, ..., 1: (steps + 1, B, C, S, S).
     """
-    if not (isinstance(steps, int) and steps >= 1):
-        raise ValueError(f"steps={steps!r} must be a whole number, at least 1")
+    check_whole(steps=steps)
     x, path = noise, [noise]
     for i in range(steps):
         t = i / steps

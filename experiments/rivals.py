@@ -24,21 +24,8 @@ import torch
 import torch.nn.functional as F
 
 import erg
+from toy import data
 from toy.sampling import METHODS, WEIGHTS, Method, guided_by, load_checkpoint
-
-
-def check_number(above=-math.inf, **values):
-    """An error unless every value is a finite number, and greater than `above`."""
-    for name, value in values.items():
-        number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-        if not number or value <= above:
-            limit = "" if above == -math.inf else f" greater than {above:g}"
-            raise ValueError(f"{name}={value!r} must be a finite number{limit}")
-
-
-def _check_side(side):
-    if isinstance(side, bool) or not isinstance(side, int) or side < 2:
-        raise ValueError(f"side={side!r} must be a whole number, at least 2: image tokens per row")
 
 
 # ---- Attention that is replaced: the mechanisms of Table 6 -------------------------------------------------
@@ -89,10 +76,9 @@ class SmoothedAttention:
     side: int
 
     def __post_init__(self):
-        if not self.sigma > 0:
-            raise ValueError(f"sigma={self.sigma!r} must be greater than 0; math.inf is the mean query")
-        _check_side(self.side)
-        if not math.isinf(self.sigma):
+        erg.check_numbers(whole=True, low=2, side=self.side)  # image tokens a row
+        if self.sigma != math.inf:  # the mean query
+            erg.check_numbers(above=0, sigma=self.sigma)
             gaussian_kernel(self.sigma, self.side)
 
     def __call__(self, q, k, v, **options):
@@ -129,7 +115,7 @@ class Rewired:
     null: object = None
 
     def __post_init__(self):
-        check_number(w=self.w, cfg=self.cfg)
+        erg.check_numbers(w=self.w, cfg=self.cfg)
         if not -1 <= self.kappa < 1:
             raise ValueError(f"kappa={self.kappa!r} must be at least 0 and less than 1, or -1 for all t")
         if (self.cfg == 1) != (self.null is None):
@@ -196,9 +182,9 @@ class SAG:
     threshold: float = 1.0
 
     def __post_init__(self):
-        check_number(w=self.w)
-        check_number(above=0, sigma=self.sigma, threshold=self.threshold)
-        _check_side(self.side)
+        erg.check_numbers(w=self.w)
+        erg.check_numbers(above=0, sigma=self.sigma, threshold=self.threshold)
+        erg.check_numbers(whole=True, low=2, side=self.side)
 
     def __call__(self, model, x, t, condition=None):
         if x.shape[-1] % self.side or x.shape[-2] != x.shape[-1]:
@@ -241,7 +227,7 @@ class AutoGuidance:
     condition: object = None  # None: the strong model's
 
     def __post_init__(self):
-        check_number(w=self.w)
+        erg.check_numbers(w=self.w)
 
     def __call__(self, model, x, t, condition=None):
         times = torch.full((len(x),), float(t), dtype=torch.float32, device=x.device)
@@ -254,7 +240,7 @@ class AutoGuidance:
 
 def interval(w, low, high):
     """The weight in a limited interval: w where low <= t < high, else 1, which costs no second evaluation."""
-    check_number(w=w)
+    erg.check_numbers(w=w)
     if not 0 <= low < high <= 1:
         raise ValueError(f"low={low!r}, high={high!r} must satisfy 0 <= low < high <= 1")
     return lambda t: w if low <= t < high else 1.0
@@ -295,10 +281,8 @@ def make_mechanism(model, tokens, null, w, mechanism, layers, kappa, negative, t
 
 def build_mechanism(**p):
     """Table 6: three ways to weaken the same attention at the same place."""
-    allowed = dict(mechanism=("temperature", "identity", "smoothing"), negative=("null", "same"))
-    for name, values in allowed.items():
-        if p[name] not in values:
-            raise ValueError(f"{name}={p[name]!r} must be one of {', '.join(values)}")
+    data.check_name(("temperature", "identity", "smoothing"), mechanism=p["mechanism"])
+    data.check_name(("null", "same"), negative=p["negative"])
     if ("tau_i" in p) != (p["mechanism"] == "temperature"):
         raise ValueError(f"tau_i={p.get('tau_i')!r} does not fit mechanism={p['mechanism']!r}: "
                          "the temperature needs it, and nothing else takes it")

@@ -4,14 +4,17 @@
     rows = collect([run])      # computed, or read from the cache; one process, or several under torchrun
     rows[run]["coverage"]
 
-A run's name in the cache is a hash of all that decides its numbers: the settings, the weights' bytes, the
-seed and VERSION, which must be raised when code changes what a run computes.
+A run's name in the cache is a hash of all that decides its numbers: settings, weights, SOURCES and torch's
+version. Its file is what `record` makes of the run and its row. One that differs is computed again.
 """
+import ast
+import contextlib
 import dataclasses
 import functools
 import hashlib
 import json
 import os
+import sys
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -21,6 +24,7 @@ import torch.distributed as dist
 from torch.nn.modules.module import register_module_forward_pre_hook
 from tqdm import tqdm
 
+import erg
 from experiments import rivals, variants  # noqa: F401  (their rows join toy.sampling.METHODS)
 from tiny_dit import TinyDiT
 from toy import data
@@ -28,9 +32,10 @@ from toy.metrics import (ball_radii, features_of, frechet_distance, precision_re
                          saturation)
 from toy.sampling import WEIGHTS, choose_device, describe, generate, load_checkpoint, prepare
 
-VERSION = 4
 ROOT = Path(__file__).resolve().parent.parent
 CACHE = ROOT / "out" / "cache"
+SOURCES = ("erg.py", "tiny_dit.py", "toy/data.py", "toy/metrics.py", "toy/sampling.py",  # what a run executes
+           "experiments/rivals.py", "experiments/variants.py", "experiments/runs.py")
 TASKS = ("text", "class", "unconditional")
 
 # ---- One run -----------------------------------------------------------------------------------------------
@@ -49,14 +54,14 @@ class Run:
     steps: int
 
     def __post_init__(self):
-        if self.task not in TASKS:
-            raise ValueError(f"task={self.task!r} must be one of {', '.join(TASKS)}")
+        data.check_name(TASKS, task=self.task)
+        erg.check_numbers(whole=True, low=1, images=self.images, steps=self.steps)
         prepare(self.method, **self.parameters)  # an unknown name shows now
 
     @functools.cached_property
     def key(self):
         names = [self.weights, self.parameters.get("weak", self.weights)]  # AutoGuidance has a second model
-        state = dict(dataclasses.asdict(self), version=VERSION, digest=[weights_digest(n) for n in names])
+        state = [dataclasses.asdict(self), code_digest(), str(torch.__version__), *map(weights_digest, names)]
         return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()[:24]
 
     def __hash__(self):
@@ -67,7 +72,14 @@ class Run:
 
 
 @functools.cache
+def code_digest(root=ROOT):
+    parsed = [ast.dump(ast.parse((root / name).read_bytes())) for name in SOURCES]  # comments do not count
+    return hashlib.sha256("".join(parsed).encode()).hexdigest()
+
+
+@functools.cache
 def weights_digest(name):
+    data.check_name(sorted(file.stem for file in WEIGHTS.glob("*.pt")), weights=name)
     return hashlib.sha256((WEIGHTS / f"{name}.pt").read_bytes()).hexdigest()
 
 
@@ -172,12 +184,23 @@ def measure_real(name, seed, images):
 # ---- Many runs: cached, in one or several processes --------------------------------------------------------
 
 
+def record(run, row):
+    """A file of the cache: settings, row, and a digest of both; ValueError if a number is not finite."""
+    digest = hashlib.sha256(f"{run.key} {json.dumps(row, allow_nan=False)}".encode()).hexdigest()
+    return json.dumps(dict(dataclasses.asdict(run), row=row, digest=digest))
+
+
 def read(run, cache):
-    """The cached row, or None; a file that was cut short counts as missing."""
-    try:
-        return json.loads((cache / f"{run.key}.json").read_text())["row"]
-    except (OSError, ValueError, KeyError):
-        return None
+    """The cached row, or None. A file that is not what `record` makes of the run is named and passed over."""
+    path = cache / f"{run.key}.json"
+    if os.path.lexists(path):
+        with contextlib.suppress(ValueError, TypeError, LookupError, RecursionError):
+            text = path.read_text()
+            row = json.loads(text)["row"]
+            if text == record(run, row):
+                return row
+        print(f"{path} is damaged, or another run's: it is computed again", file=sys.stderr)
+    return None
 
 
 def collect(runs, cache=CACHE, device=None, title="runs"):
@@ -189,18 +212,17 @@ def collect(runs, cache=CACHE, device=None, title="runs"):
     cache, runs = Path(cache), list(dict.fromkeys(runs))
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     device = device or choose_device()
-    missing = [[i for i, run in enumerate(runs) if read(run, cache) is None]]
+    missing = [[i for i, run in enumerate(runs) if read(run, cache) is None] if rank == 0 else None]
     if world > 1:
         dist.broadcast_object_list(missing)  # the first process has looked for all
     hardware = f"{world} process{'es' if world > 1 else ''} with {describe(device)}"
     for i in tqdm(missing[0][rank::world], desc=title, unit="run", disable=rank > 0):
         run = runs[i]
         try:
-            row = compute(run, device)
+            text = record(run, dict(compute(run, device), hardware=hardware, torch=str(torch.__version__)))
         except (ValueError, RuntimeError) as error:
             raise RuntimeError(f"{run}: {error}") from error
-        record = dict(dataclasses.asdict(run), row=dict(row, hardware=hardware, torch=str(torch.__version__)))
-        data.write_whole(cache / f"{run.key}.json", lambda file: file.write(json.dumps(record).encode()))
+        data.write_whole(cache / f"{run.key}.json", lambda file: file.write(text.encode()))
     if world > 1:
         dist.barrier()
     rows = {run: read(run, cache) for run in runs}

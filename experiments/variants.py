@@ -13,7 +13,6 @@ import contextlib
 import torch
 
 import erg
-from experiments.rivals import check_number
 from toy.sampling import ERG, METHODS, Method, guided_by
 
 
@@ -27,9 +26,7 @@ class Variant(erg.Guidance):
 
     def __init__(self, settings, negative=None, *, until=1.0, renormalize=0.0, taus=None):
         super().__init__(settings, negative)
-        for name, value in (("until", until), ("renormalize", renormalize)):
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
-                raise ValueError(f"{name}={value!r} must be a number between 0 and 1")
+        erg.check_numbers(low=0, high=1, until=until, renormalize=renormalize)
         if (until < 1 or taus is not None) and not settings.rectifies:
             raise ValueError(f"until={until!r}, taus={taus!r} have no effect: the settings leave "
                              "the denoiser as it is")
@@ -38,7 +35,7 @@ class Variant(erg.Guidance):
         if until == 1 and renormalize == 0 and taus is None:
             raise ValueError("until=1, renormalize=0, taus=None change nothing: use erg.Guidance")
         plain = (settings.alpha, settings.gamma, settings.K, settings.batched) == (1, 1, 1, True)
-        if taus is not None and not (taus and plain):
+        if taus is not None and not (isinstance(taus, dict) and taus and plain):
             raise ValueError(f"taus={taus!r} must hold a layer, and goes with alpha = gamma = K = 1 and "
                              "batched=True alone")
         self.until, self.renormalize, self.taus, self.v_pos = until, renormalize, taus, None
@@ -68,7 +65,7 @@ class Variant(erg.Guidance):
 
 def ramp(start, end):
     """A weight that goes from `start` at t = 0 to `end` at t = 1 in a straight line."""
-    check_number(start=start, end=end)
+    erg.check_numbers(start=start, end=end)
     return lambda t: start + (end - start) * t
 
 

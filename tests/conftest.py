@@ -12,6 +12,7 @@ import torch  # noqa: E402
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from tiny_dit import Config, TinyDiT  # noqa: E402
+from toy import data  # noqa: E402
 
 WORDS = ("a", "red", "blue", "seven", "two", "on")
 
@@ -41,3 +42,11 @@ def inputs(model):
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(4, 3, 8, 8, generator=generator, dtype=torch.float64)
     return x, torch.full((4,), 0.6), model.encode(["a red seven", "a blue two on red", "seven", ""])
+
+
+def check(call, words):
+    """One error, of a kind that the scripts report in a line, which holds each of the words (apart by "|")."""
+    with pytest.raises((ValueError, RuntimeError, data.DataError)) as error:
+        call()
+    assert all(word in str(error.value) for word in words.split("|")), str(error.value)
+    assert not isinstance(error.value, NotImplementedError)

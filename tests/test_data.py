@@ -1,4 +1,5 @@
 """The data loader: captions and colours, the official file formats, downloads from a local server, hostile archives."""
+import contextlib
 import gzip
 import hashlib
 import io
@@ -7,7 +8,6 @@ import signal
 import socket
 import tarfile
 import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import SimpleNamespace
@@ -25,6 +25,12 @@ BATCHES = [f"data_batch_{i}.bin" for i in range(1, 6)] + ["test_batch.bin"]
 INNER = "cifar-10-batches-bin"
 
 
+@pytest.fixture(autouse=True)
+def small_batches(monkeypatch):
+    """Files of CIFAR-10 hold two images here."""
+    monkeypatch.setattr(data, "RECORDS", 2)
+
+
 def http(body, length=None, status="200 OK"):
     """The bytes of a whole HTTP reply, with a wrong Content-Length if `length` is given."""
     length = len(body) if length is None else length
@@ -33,13 +39,14 @@ def http(body, length=None, status="200 OK"):
 
 @pytest.fixture
 def web(monkeypatch):
-    """A server on 127.0.0.1: `replies` maps paths to raw replies (None hangs), `asked` lists the paths requested; nobody listens at `dead`."""
+    """A server on 127.0.0.1: `replies` maps paths to raw replies (None hangs) or to functions of the connection, `asked` lists the paths requested; nobody listens at `dead`."""
     replies, asked, closing = {}, [], threading.Event()
 
     def answer(handler):
         asked.append(handler.path)
         reply = replies.get(handler.path, http(b"", status="404 Not Found"))
-        closing.wait(20) if reply is None else handler.wfile.write(reply)
+        with contextlib.suppress(OSError):
+            closing.wait(20) if reply is None else reply(handler.wfile, closing) if callable(reply) else handler.wfile.write(reply)
 
     handler = type("Handler", (BaseHTTPRequestHandler,), {"do_GET": answer, "log_message": lambda *words: None})
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
@@ -100,33 +107,6 @@ def test_the_next_mirror_is_used(web, tmp_path):
         assert data.fetch("file.bin", folder, mirrors).read_bytes() == content and tree(folder) == ["file.bin"]
         assert web.asked == ["/a/file.bin", "/b/file.bin", "/c/file.bin"]
         (folder / "file.bin").write_bytes(b"mine")
-
-
-@pytest.mark.parametrize("reply, fault", [
-    (http(BODY[:-100], len(BODY)), "255,900 of 256,000 bytes"),
-    (http(BODY[:-1] + b"!"), "MD5"),
-    (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nffff\r\n" + BODY[:100], "IncompleteRead"),
-    (b"HTTP/1.1 200 OK\r\nContent-Length: many\r\n\r\n" + BODY[:100], "many"),
-    (b"no HTTP at all\r\n\r\n", "no HTTP at all"),
-    (None, "timed out"),
-], ids="truncated wrong-sum broken-chunk bad-length not-http hanging".split())
-def test_a_bad_reply_is_one_data_error(web, tmp_path, reply, fault):
-    """Whatever is wrong with the replies, one DataError names every mirror and the fault, and no file is left."""
-    web.replies.update({"/a/file.bin": reply, "/b/file.bin": reply})
-    start = time.monotonic()
-    with pytest.raises(data.DataError) as error:
-        data.fetch("file.bin", tmp_path, source(web.url + "a/", web.url + "b/"), timeout=0.3)
-    assert all(f"{web.url}{mirror}/file.bin: " in str(error.value) for mirror in "ab")
-    assert fault in str(error.value) and tree(tmp_path) == [] and time.monotonic() - start < 5
-
-
-@pytest.mark.parametrize("folder", ["taken", "taken/deeper", "x" * 300], ids="file below-file long-name".split())
-def test_an_impossible_folder_is_a_data_error(web, tmp_path, folder):
-    """Where no folder can be made, the DataError mentions --data-dir, and no mirror is asked."""
-    (tmp_path / "taken").write_bytes(b"a file")
-    with pytest.raises(data.DataError, match="--data-dir"):
-        data.fetch("file.bin", tmp_path / folder, source(web.url))
-    assert web.asked == [] and (tmp_path / "taken").read_bytes() == b"a file"
 
 
 def test_an_interrupted_write_leaves_the_old_file(tmp_path):
@@ -199,40 +179,6 @@ def test_a_hostile_archive_stays_inside(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["folder", "outside"]
 
 
-@pytest.mark.parametrize("content", [
-    b"", b"not a tar", ARCHIVE[:100], ARCHIVE[:-5000], ARCHIVE[:10] + b"\xff" * 99, gzip.compress(b"not a tar" * 1000),
-    gzip.compress(gzip.decompress(ARCHIVE)[:5000]), tar_gz(*batches(BATCHES[:4])),
-], ids="empty text head half garbled not-tar short-tar lacks-a-batch".split())
-def test_a_damaged_archive_is_a_data_error(tmp_path, content):
-    """An archive that is truncated, garbled or lacks a batch gives a DataError that names it; no batch is partial."""
-    (tmp_path / "cifar-10-binary.tar.gz").write_bytes(content)
-    with pytest.raises(data.DataError, match="cifar-10-binary.tar.gz"):
-        data.load("cifar10", tmp_path)
-    assert all((tmp_path / name).stat().st_size == 2 * 3073 for name in tree(tmp_path) if ".bin" in name)
-
-
-@pytest.mark.parametrize("read, content", [
-    *((data.read_records, content) for content in (b"", RECORDS.tobytes()[:-1], b"\x0a" + bytes(3072))),  # the label 10
-    *((data.read_idx, content) for content in (b"", b"not gzip", GOOD[:50], GOOD[:-4], GOOD[:10] + b"\xff" * 99, *map(
-        gzip.compress, (RAW[:10], RAW[:-1], RAW + b"!", b"\1" + RAW[1:], RAW[:4] + b"\xff" * 4 + RAW[8:])))),
-], ids=lambda _: "damaged")
-def test_a_damaged_file_is_a_data_error(tmp_path, read, content):
-    """A file of other records, no whole gzip, or no whole IDX file inside, gives a DataError that names it."""
-    (tmp_path / "file.bin").write_bytes(content)
-    with pytest.raises(data.DataError, match="file.bin is damaged"):
-        read(tmp_path / "file.bin")
-
-
-@pytest.mark.parametrize("pixels, labels", [(12, 11), (11, 12), (None, 12), (1, 1)], ids="few many flat above".split())
-def test_mnist_files_that_disagree_are_a_data_error(tmp_path, pixels, labels):
-    """Other numbers of images and labels, labels in place of images, or labels above 9 give a DataError."""
-    images = RECORDS[:pixels, 1:785].reshape(-1, 28, 28) if pixels else RECORDS[:, 0]
-    (tmp_path / "train-images-idx3-ubyte.gz").write_bytes(idx(images))
-    (tmp_path / "train-labels-idx1-ubyte.gz").write_bytes(idx(RECORDS[:labels, 0] + (10 if labels == 1 else 0)))
-    with pytest.raises(data.DataError, match=str(tmp_path)):
-        data.load("mnist", tmp_path)
-
-
 def test_no_pickle_is_loaded(tmp_path, monkeypatch):
     """No loader unpickles anything, and a digits file that holds a pickle is refused."""
     for split, prefix in (("train", "train"), ("test", "t10k")):
@@ -244,7 +190,7 @@ def test_no_pickle_is_loaded(tmp_path, monkeypatch):
         monkeypatch.setattr(pickle, name, lambda *given, **named: pytest.fail("a pickle was loaded"))
     assert all(len(data.load(name, tmp_path, split)) for name in data.NAMES for split in ("train", "test"))
     monkeypatch.setattr(data, "SHIPPED", tmp_path)
-    with pytest.raises(ValueError, match="pickle"):
+    with pytest.raises(data.DataError, match="pickle"):
         data.load("digits")
 
 
@@ -279,10 +225,3 @@ def test_colours_captions_and_attributes_agree():
         assert torch.allclose(picture, between, atol=1e-6)
         seen.add((ink, paper))
     assert len(seen) == sum(ink != paper for ink in data.INKS for paper in data.PAPERS)
-
-
-def test_unknown_names_are_refused():
-    """An unknown data set or split raises a ValueError with the value and what is allowed."""
-    for name, split, message in (("mnits", "train", "mnits.*digits, mnist, cifar10"), ("digits", "valid", "valid.*train.*test")):
-        with pytest.raises(ValueError, match=message):
-            data.load(name, split=split)

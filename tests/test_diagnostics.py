@@ -1,6 +1,5 @@
 """experiments/diagnostics.py against closed forms."""
 import math
-import re
 
 import pytest
 import torch
@@ -49,8 +48,6 @@ def test_certainty_numbers_every_layer():
     layers = attention_certainty(model, x, 0.5, condition)
     assert [row.layer for row in layers] == list(range(6))
     assert len({row.entropy for row in layers}) == 6
-    with pytest.raises(ValueError, match="threshold=2"):
-        attention_certainty(model, x, 0.5, condition, threshold=2)
 
 
 def test_difference_norms_obey_pythagoras():
@@ -79,8 +76,6 @@ def test_velocity_variances_of_a_known_model():
     variances = velocity_variances(model, noise, c, torch.zeros_like(c), 0.5 * c)
     known = {"marginal null": 4, "marginal weak": 4 + 2.25, "conditional null": 9, "conditional weak": 2.25}
     assert {name: v.item() for name, v in variances.items()} == pytest.approx(known, rel=0.05)
-    with pytest.raises(ValueError, match="1 samples"):
-        velocity_variances(model, noise[:1], c[:1], c[:1], c[:1])
 
 
 # ---- Layers and kappa without a search ---------------------------------------------------------------------
@@ -130,17 +125,3 @@ def test_the_end_of_the_parallel_part():
     orthogonal[4] = 0.01
     assert parallel_end(t, parallel, orthogonal) == pytest.approx(0.5)
     assert parallel_end(t, torch.ones(10), orthogonal) is None
-
-
-@pytest.mark.parametrize("call, message", [
-    (lambda m, x, c: layer_effects(m, x, c, times=(0.9, 0.3)), "times=(0.9, 0.3)"),
-    (lambda m, x, c: layer_effects(m, x, c, steps=1), "steps=1"),
-    (lambda m, x, c: fading_layers([]), "effects is empty"),
-    (lambda m, x, c: difference_norms(m, x, c, erg.ERG(w=2.0, apg=erg.APG()), c), "no apg"),
-    (lambda m, x, c: parallel_end(x, x, x, share=2), "share=2"),
-])
-def test_bad_input_to_the_rules_is_named(call, message):
-    """Times in the wrong order, too few steps, and nothing to choose from are one clear error."""
-    model = random_model(depth=2)
-    with pytest.raises(ValueError, match=re.escape(message)):
-        call(model, torch.randn(2, 3, 8, 8, dtype=torch.float64), model.encode(["a", "two"]))

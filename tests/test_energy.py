@@ -196,26 +196,3 @@ def test_no_query_by_key_matrix_is_kept():
     with torch.no_grad(), Sizes():
         erg.energy_attention(q, q, q, tau=0.1, gamma=0.5, K=2)
     assert sizes and max(sizes) <= q.numel()
-
-
-@pytest.mark.parametrize("wrong, message", [
-    (dict(tau=-0.1), "tau=-0.1"), (dict(tau=float("nan")), "tau=nan"), (dict(alpha=float("inf")), "alpha=inf"),
-    (dict(gamma=0.0), "gamma=0.0"), (dict(K=0), "K=0"), (dict(K=1.5), "K=1.5"), (dict(tau=torch.ones(3)), "(2,)"),
-    (dict(queries=slice(0, 99)), "queries=slice"), (dict(queries=slice(4, 4)), "queries=slice"),
-    (dict(v=torch.ones(2, 1, 6, 5).double(), gamma=0.5), "v is 5 wide and q 4"),
-])
-def test_bad_arguments_are_named(wrong, message):
-    """A wrong argument raises a ValueError that names it; values of another width are one only where q - attention is formed."""
-    q, = draw((2, 1, 6, 4))
-    with pytest.raises(ValueError) as error:
-        erg.energy_attention(**{**dict(q=q, k=q, v=q), **wrong})
-    assert message in str(error.value)
-    assert erg.energy_attention(q, q, torch.ones(2, 1, 6, 5).double(), tau=0.5).shape == (2, 1, 6, 5)
-
-
-def test_the_energy_needs_a_positive_tau():
-    """The energy diverges at tau = 0, and says so; the step does not."""
-    xi, X = draw((3, 4), (5, 4))
-    with pytest.raises(ValueError, match="tau=0.0 must be a finite Python number, greater than 0"):
-        erg.hopfield_energy(xi, X, tau=0.0)
-    torch.testing.assert_close(erg.hopfield_step(xi, X, tau=0.0), X.mean(0).expand(3, 4))

@@ -1,4 +1,4 @@
-"""Every fault that we could think of, a row each: the call, and the words that its one error must hold."""
+"""Faults of files and on the command line, a row each: the call, and the words that its one error must hold."""
 import dataclasses
 import errno
 import io
@@ -14,21 +14,13 @@ import torch
 
 import sample_toy
 import train_toy
-from conftest import random_model
+from conftest import check, random_model
 from experiments import reproduce
-from toy import command, data, files
+from toy import command, files
 from toy.metrics import AttributeClassifier
 from toy.sampling import WEIGHTS, export
 
 NAN, INF = math.nan, math.inf
-
-
-def check(call, words):
-    """One error, of a kind that the scripts report in a line, which holds each of the words (apart by "|")."""
-    with pytest.raises((ValueError, RuntimeError, data.DataError)) as error:
-        call()
-    assert all(word in str(error.value) for word in words.split("|")), str(error.value)
-    assert not isinstance(error.value, NotImplementedError)
 
 
 # ---- Files -------------------------------------------------------------------------------------------------

@@ -1,7 +1,5 @@
 """Sections 3, 5 and 6 of erg.py: C-ERG, the guidance update, APG, and the settings."""
 import dataclasses
-import math
-import re
 
 import pytest
 import torch
@@ -64,22 +62,14 @@ def test_weak_encoding_by_interception_and_by_projection_agree():
 
 @pytest.mark.parametrize("encoder", [Projected(nn.RMSNorm(8)), Linear()])
 def test_a_weak_encoding_equal_to_the_strong_one_is_an_error(encoder):
-    """QK-norm and linear attention undo a projection hook, which is noticed; so are projections that are not the encoder's."""
+    """QK-norm and linear attention undo a projection hook, which is noticed."""
     x = torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(0))
     with pytest.raises(RuntimeError, match="left the encoding as it was.*norm of the queries"):
         erg.encode(encoder.eval(), x, tau=0.1, projections=[encoder.q_proj])
-    with pytest.raises(RuntimeError, match="1 of 2 projections did not run"):
-        erg.encode(encoder, x, tau=0.1, projections=[encoder.q_proj, Linear().q_proj])
     assert not any(m._forward_hooks for m in encoder.modules())
     if isinstance(encoder.norm, nn.RMSNorm):  # the interception is not fooled
         mean = encoder.v_proj(x).mean(1, keepdim=True)
         torch.testing.assert_close(erg.encode(encoder, x, tau=0.0)[1], x + mean)
-    for error, message, wrong in ((ValueError, "must be a list of modules", dict(projections=[])),
-                                  (ValueError, "has no effect with projections", dict(projections=[encoder], layers=[0]))):
-        with pytest.raises(error, match=message):
-            erg.encode(encoder, x, tau=0.1, **wrong)
-    with pytest.raises(ValueError, match="training mode"):
-        erg.encode(type(encoder)(), x, tau=0.1)
 
 
 def test_the_weak_encoding_is_all_that_the_encoder_returns():
@@ -253,49 +243,6 @@ def test_apg_in_half_precision_does_not_cancel():
     assert v.dtype == torch.bfloat16 and (v.float() - expected).norm() / expected.norm() < 0.01
 
 
-@pytest.mark.parametrize("wrong, message", [
-    (dict(w=float("nan")), "w=nan"), (dict(tau_i=-1), "tau_i=-1"), (dict(tau_i=0.1, kappa=1.5), "kappa=1.5"),
-    (dict(tau_i=0.1, layers=()), "layers=()"), (dict(tau_c=-0.1), "tau_c=-0.1"), (dict(tau_i=0.1, K=0), "K=0"),
-    (dict(negative="none"), "negative='none'"), (dict(layers=[1]), "layers=[1] has no effect"),
-    (dict(kappa=0.3), "kappa=0.3 has no effect"), (dict(queries=slice(4)), "has no effect"),
-    (dict(gamma=0.5, queries=slice(4)), "it restricts tau_i"), (dict(layers_c=[1]), "layers_c=[1] has no effect"),
-    (dict(tau_c=0.1, negative="null"), "negative='null' has no effect"), (dict(negative="same"), "no guidance"),
-    (dict(tau_c=0.1, layers_c={"clip": [-1]}), "layers_c=[-1]"), (dict(tau_i=0.1, kappa=True), "kappa=True"),
-    (dict(tau_c=0.1, layers_c={}), "layers_c={}"), (dict(tau_i=0.1, queries=3), "queries=3 must be a slice"),
-    (dict(tau_i=0.1, layers=(n for n in range(3))), "layers=<generator"),  # would be empty at the second use
-    (dict(norm_threshold=-1.0), "norm_threshold=-1.0"), (dict(eta=math.inf), "eta=inf"), (dict(momentum=None), "momentum=None"),
-])
-def test_settings_validate_themselves(wrong, message):
-    """Values out of range, and options that would do nothing, are errors that name them, in APG, too."""
-    of_apg = hasattr(erg.APG, next(iter(wrong)))
-    with pytest.raises((TypeError, ValueError), match=re.escape(message)):
-        erg.APG(**wrong) if of_apg else erg.ERG(**{"w": 2, **wrong})
-
-
-def test_what_is_missing_or_cannot_be_guided_is_named(model, tokens, inputs):
-    """Settings do not change under way; a missing null prompt or negative, or a time out of range, is one clear error."""
-    x, t, condition = inputs
-    settings, apg = erg.ERG(w=2.0), erg.ERG(w=2.0, tau_i=0.1, negative="same", apg=erg.APG())
-    with pytest.raises(dataclasses.FrozenInstanceError):
-        settings.w = 3.0
-    missing = (settings, erg.PRESETS["sd3-medium"], erg.PRESETS["dit-xl-2"])
-    for error, message, call in (
-            (ValueError, "null=None", lambda: settings.encode(model.encoder, tokens)),
-            *((ValueError, "give a negative condition", lambda s=s: erg.Guidance(s)) for s in missing),
-            (ValueError, "one of the two", lambda: erg.Guidance(erg.PRESETS["mmdit-unconditional"], condition)),
-            (ValueError, "name='clip' must be a name in layers_c=None", lambda: settings.encode(model.encoder, tokens, name="clip")),
-            (TypeError, "must be an erg.ERG", lambda: erg.Guidance(2.0)),
-            (ValueError, "condition=None", lambda: erg.Guidance(settings, condition)(model, x, 0.5)),
-            (ValueError, "t=1.0", lambda: erg.Guidance(apg)(model, x, 1.0, condition)),
-            *((ValueError, "t=.* must be a finite Python number, at least 0, at most 1",
-               lambda t=t: erg.Guidance(apg)(model, x, t, condition)) for t in (500, -0.1, float("nan"))),
-            (ValueError, "one element tensors", lambda: erg.Guidance(settings, condition)(model, x, t, condition)),
-            (ValueError, "w='3' must be", lambda: erg.Guidance(erg.ERG(w=lambda t: "3"), condition)(model, x, 0.5, condition)),
-            (ValueError, "training mode", lambda: erg.Guidance(apg)(model.train(), x, 0.5, condition))):
-        with pytest.raises(error, match=message):
-            call()
-
-
 def test_presets_are_table_7():
     """The presets hold Table 7's numbers."""
     found = {name: (p.w, p.tau_i, p.layers, p.kappa, p.tau_c, p.gamma, p.negative, p.layers_c) for name, p in erg.PRESETS.items()}
@@ -361,17 +308,3 @@ def test_conditions_with_values_that_are_not_tensors(inputs, values):
     for batched, *pair in ((True, *values), (True, ones, None), (True, None, ones)):
         with pytest.raises(ValueError, match="the condition has .* and the negative's has"):
             guide(batched, *pair)
-
-
-def test_values_that_are_not_numbers_or_do_nothing():
-    """NaN in the energy, a batch that guide would broadcast, and a kappa that leaves nothing are errors."""
-    x, nan = torch.randn(3, 4), float("nan")
-    for name in ("beta", "tau", "alpha"):
-        with pytest.raises(ValueError, match=f"{name}=nan"):
-            erg.hopfield_energy(x, x, **{name: nan})
-        with pytest.raises(ValueError, match=f"{name}=nan"):
-            erg.hopfield_step(x, x, **{name: nan})
-    with pytest.raises(ValueError, match=r"v_neg is \(1, 4\); it must be \(3, 4\)"):
-        erg.guide(x, x[:1], 2.0)
-    with pytest.raises(ValueError, match="kappa=1, is no guidance"):
-        erg.ERG(w=2.0, tau_i=0.1, kappa=1.0, negative="same")

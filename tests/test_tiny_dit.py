@@ -62,12 +62,8 @@ def test_t_is_a_number_or_a_tensor():
 
 
 def test_tokenize():
-    """Words become their numbers, <pad> is 0 and fills up; the null prompt is all pads; faults are named."""
+    """Words become their numbers, <pad> is 0 and fills up; the null prompt is all pads."""
     assert tokenize(["a red seven", ""], config()).tolist() == [[1, 2, 4, 0, 0, 0], [0] * 6]
-    for prompts, message in ((["a green seven"], r"unknown word 'green'.*the vocabulary is: a red blue seven two on"),
-                             (["a " * 7], "has 7 words; at most 6"), ("a red seven", "must be a list")):
-        with pytest.raises(ValueError, match=message):
-            tokenize(prompts, config())
 
 
 def test_drop_words_rates_and_order():
@@ -127,15 +123,3 @@ def test_trajectory_and_guidance():
     guidance = lambda model, x, t, condition: seen.append(t) or 3 * model(x, t, condition)
     torch.testing.assert_close(sample(model, noise, 2.0, 4, guidance), noise + 6)
     assert seen == [0, 0.25, 0.5, 0.75]
-    with pytest.raises(ValueError, match="steps=0"):
-        sample(model, noise, None, steps=0)
-
-
-@pytest.mark.parametrize("wrong, message", [
-    (dict(image_size=9), "patch=2 must divide image_size=9"), (dict(width=30), "width=30"), (dict(vocabulary=()), "vocabulary=()"),
-])
-def test_bad_configs_are_named(wrong, message):
-    """A size that does not fit is an error that names it."""
-    with pytest.raises(ValueError) as error:
-        config(**wrong)
-    assert message in str(error.value)

@@ -236,6 +236,7 @@ def test_cifar10_trains_from_official_files(tmp_path, monkeypatch):
         records = torch.randint(256, (20, 3073), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
         records[:, 0] %= 10
         (tmp_path / "cifar-10-batches-bin" / name).write_bytes(records.numpy().tobytes())
+    monkeypatch.setattr(data, "RECORDS", 20)
     small = dict(image_size=32, patch=8, width=16, depth=6, heads=2)
     recipe = dataclasses.replace(train_toy.RECIPES["cifar10"], model=small)
     monkeypatch.setitem(train_toy.RECIPES, "cifar10", recipe)

@@ -7,6 +7,7 @@
 `digits` and `mnist` are handwriting, coloured at load time: "a red seven on blue".
 `cifar10` has captions such as "a photo of a horse".
 """
+import contextlib
 import dataclasses
 import functools
 import gzip
@@ -15,7 +16,9 @@ import http.client
 import os
 import shutil
 import tarfile
+import time
 import urllib.request
+import zipfile
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +40,8 @@ PAPERS = {"black": (0.0, 0.0, 0.0), "red": (0.35, 0.0, 0.0), "green": (0.0, 0.25
 SHIPPED = Path(__file__).resolve().parent.parent / "data"
 SIZES = {"digits": 8, "mnist": 28, "cifar10": 32}  # pixels a side
 NAMES = tuple(SIZES)
+RECORDS = 10_000  # images in each of CIFAR-10's files
+LEAST_RATE = 20_000  # bytes a second: a download may take what this allows, and `timeout` more
 
 # ------------------------------------------------------------------------------------------------
 # Images with captions
@@ -106,6 +111,13 @@ def caption(word, ink=None, paper=None):
     return f"a {ink} {word} on {paper}" if ink else f"a photo of a {word}"
 
 
+def check_name(allowed, **given):
+    """An error unless every given name is one of those that are allowed."""
+    for what, name in given.items():
+        if name not in list(allowed):
+            raise ValueError(f"{what}={name!r} must be one of {', '.join(allowed)}")
+
+
 def load(name, folder=None, split="train"):
     """The data set `name` as Images; `split` is "train" or "test".
 
@@ -113,14 +125,13 @@ def load(name, folder=None, split="train"):
     (default: data/<name> beside this package). `digits` ships with the repository; every fifth
     image is its test split. Raises ValueError for an unknown name or split, DataError otherwise.
     """
-    if name not in NAMES:
-        raise ValueError(f"dataset={name!r} must be one of {', '.join(NAMES)}")
-    if split not in ("train", "test"):
-        raise ValueError(f"split={split!r} must be 'train' or 'test'")
+    check_name(NAMES, dataset=name)
+    check_name(("train", "test"), split=split)
     folder = Path(folder) if folder else SHIPPED / name
     handwriting = {"digit": tuple(DIGITS), "ink": tuple(INKS), "paper": tuple(PAPERS)}
     if name == "digits":
-        with np.load(SHIPPED / "digits.npz", allow_pickle=False) as pack:
+        path = SHIPPED / "digits.npz"
+        with reading(path, "take it from the repository"), np.load(path, allow_pickle=False) as pack:
             pixels, labels = pack["images"].astype(np.float32) * (255 / 16), pack["labels"]
         chosen = (np.arange(len(labels)) % 5 == 0) == (split == "test")
         return Images(name, torch.from_numpy(pixels[chosen].round().astype(np.uint8)),
@@ -129,9 +140,10 @@ def load(name, folder=None, split="train"):
         prefix = "train" if split == "train" else "t10k"
         files = [fetch(f"{prefix}-{kind}-ubyte.gz", folder, MNIST) for kind in ("images-idx3", "labels-idx1")]
         pixels, labels = (read_idx(file) for file in files)
-        if pixels.ndim != 3 or labels.shape != pixels.shape[:1] or (labels > 9).any():
-            raise DataError(f"{files[0]} and {files[1].name} are not images with a label from 0 to 9 "
-                            "for each; delete both, and they are downloaded again")
+        fit = len(pixels) > 0 and pixels.shape[1:] == (28, 28) and labels.shape == pixels.shape[:1]
+        if not fit or (labels > 9).any():
+            raise DataError(f"{files[0]} and {files[1].name} are not images of 28 x 28 pixels with a label "
+                            "from 0 to 9 for each; delete both, and they are downloaded again")
         return Images(name, torch.from_numpy(pixels), torch.from_numpy(labels.astype(np.int64)), handwriting)
     records = np.concatenate([read_records(file) for file in cifar10_files(folder, split)])
     return Images(name, torch.from_numpy(records[:, 1:].reshape(-1, 3, 32, 32)),
@@ -143,26 +155,34 @@ def load(name, folder=None, split="train"):
 # ------------------------------------------------------------------------------------------------
 
 
+@contextlib.contextmanager
+def reading(path, remedy="delete it, and it is downloaded again"):
+    """Context in which a data file is read: whatever is wrong with it is one DataError."""
+    try:
+        yield
+    except (ValueError, EOFError, OSError, LookupError, zlib.error, tarfile.TarError,
+            zipfile.BadZipFile) as error:
+        raise DataError(f"{path} is damaged ({error}); {remedy}") from error
+
+
 def read_idx(path):
     """A gzipped IDX file of bytes (the format of MNIST) as an array."""
-    try:
+    with reading(path):
         raw = gzip.decompress(Path(path).read_bytes())
         dimensions = raw[3]
         if raw[:3] != b"\0\0\x08" or dimensions not in (1, 3):
             raise ValueError("it does not start as an IDX file of bytes does")
         shape = tuple(int(n) for n in np.frombuffer(raw, ">u4", dimensions, offset=4))
         return np.frombuffer(raw, np.uint8, offset=4 + 4 * dimensions).reshape(shape).copy()
-    except (ValueError, EOFError, OSError, IndexError, zlib.error) as error:
-        raise DataError(f"{path} is damaged ({error}); delete it, and it is downloaded again") from error
 
 
 def read_records(path):
     """CIFAR-10's binary records: (n, 3073) uint8, the label and then 3 x 32 x 32 pixels."""
-    raw = np.fromfile(path, np.uint8)
-    if len(raw) == 0 or len(raw) % 3073 or raw.reshape(-1, 3073)[:, 0].max() > 9:
-        raise DataError(f"{path} is damaged ({len(raw):,} bytes are not whole CIFAR-10 records of 3,073 "
-                        "bytes with labels 0 to 9); delete it, and it is unpacked again")
-    return raw.reshape(-1, 3073)
+    with reading(path, "delete it, and it is unpacked again"):
+        raw = np.fromfile(path, np.uint8)
+        if len(raw) != 3073 * RECORDS or raw.reshape(-1, 3073)[:, 0].max() > 9:
+            raise ValueError(f"{len(raw):,} bytes, not {RECORDS:,} records of 3,073 with labels from 0 to 9")
+        return raw.reshape(-1, 3073)
 
 
 def cifar10_files(folder, split):
@@ -171,20 +191,15 @@ def cifar10_files(folder, split):
     names = [f"data_batch_{i}.bin" for i in range(1, 6)] if split == "train" else ["test_batch.bin"]
     if not all(os.path.isfile(inner / name) for name in names):
         archive = fetch("cifar-10-binary.tar.gz", folder, CIFAR10)
-        try:
-            with tarfile.open(archive, "r:gz") as tar:
-                for member in tar:  # names are taken from our list, so nothing leaves `inner`
-                    name = Path(member.name).name
-                    if member.isfile() and (name in names) and member.name == f"cifar-10-batches-bin/{name}":
-                        packed = tar.extractfile(member)
-                        write_whole(inner / name, lambda out: shutil.copyfileobj(packed, out))
-        except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
-            raise DataError(f"cannot unpack {archive} ({error}); if it is damaged, delete it, "
-                            "and it is downloaded again") from error
-        missing = [name for name in names if not (inner / name).is_file()]
-        if missing:
-            raise DataError(f"{archive} does not hold cifar-10-batches-bin/{missing[0]}; delete the archive, "
-                            "and it is downloaded again")
+        with reading(archive), tarfile.open(archive, "r:gz") as tar:
+            for member in tar:  # names are taken from our list, so nothing leaves `inner`
+                name = Path(member.name).name
+                if member.isfile() and (name in names) and member.name == f"cifar-10-batches-bin/{name}":
+                    packed = tar.extractfile(member)
+                    write_whole(inner / name, lambda out: shutil.copyfileobj(packed, out))
+            missing = [name for name in names if not (inner / name).is_file()]
+            if missing:
+                raise ValueError(f"it does not hold cifar-10-batches-bin/{missing[0]}")
     return [inner / name for name in names]
 
 
@@ -223,6 +238,8 @@ def fetch(name, folder, source, timeout=30):
     path, faults = Path(folder) / name, []
     if os.path.isfile(path):  # False, too, where looking is not allowed
         return path
+    if os.path.isdir(path):
+        raise DataError(f"{path} is a folder, and should be a file; remove it, and the file is downloaded")
     for mirror in source.mirrors:
         try:
             write_whole(path, lambda file: download(mirror + name, file, source.md5[name], timeout))
@@ -235,16 +252,19 @@ def fetch(name, folder, source, timeout=30):
 
 
 def download(url, file, md5, timeout):
-    """Write the body of `url` into `file`, with a progress bar; OSError if length or sum is wrong."""
-    digest, received = hashlib.md5(), 0
+    """Write the body of `url` into `file`, with a progress bar; OSError if it is slow, cut short or wrong."""
+    digest, received, began = hashlib.md5(), 0, time.monotonic()
     with urllib.request.urlopen(url, timeout=timeout) as reply:
         expected = int(reply.headers.get("Content-Length") or 0)
         with tqdm(total=expected or None, unit="B", unit_scale=True, desc=url.rsplit("/", 1)[-1]) as bar:
-            while chunk := reply.read(1 << 16):
+            while chunk := reply.read1(1 << 16):  # what has come, not all of it
                 file.write(chunk)
                 digest.update(chunk)
                 received += len(chunk)
                 bar.update(len(chunk))
+                seconds = time.monotonic() - began
+                if received < LEAST_RATE * (seconds - timeout):
+                    raise OSError(f"only {received:,} bytes came in {seconds:.0f} seconds")
     if expected and received != expected:
         raise OSError(f"it ended after {received:,} of {expected:,} bytes")
     if digest.hexdigest() != md5:

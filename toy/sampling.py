@@ -19,10 +19,11 @@ import torch
 
 import erg
 from tiny_dit import Config, TinyDiT, sample, tokenize
-from toy import files
+from toy import data, files
 from toy.metrics import AttributeClassifier
 
 WEIGHTS = Path(__file__).resolve().parent.parent / "weights"
+
 GUIDANCE = {
     "digits": dict(w=1.5, tau_i=0.01, tau_c=0.01, kappa=0.2, layers=range(1, 2)),
     "mnist": dict(w=1.5, tau_i=0.01, tau_c=0.01, kappa=0.2, layers=range(2, 4)),
@@ -93,12 +94,9 @@ class CADS:
     psi: float = 1.0  # 1 rescales to the condition's own mean and deviation, 0 does not
 
     def __post_init__(self):
-        if not 0 <= self.tau1 < self.tau2 <= 1:
-            raise ValueError(f"tau1={self.tau1!r}, tau2={self.tau2!r} must satisfy 0 <= tau1 < tau2 <= 1")
-        if not 0 < self.scale < math.inf:
-            raise ValueError(f"scale={self.scale!r} must be a finite number greater than 0")
-        if not 0 <= self.psi <= 1:
-            raise ValueError(f"psi={self.psi!r} must lie between 0 and 1")
+        erg.check_numbers(low=0, high=1, tau1=self.tau1, tau2=self.tau2, psi=self.psi)
+        erg.check_numbers(above=0, scale=self.scale)
+        erg.check_numbers(above=self.tau1, tau2=self.tau2)
 
     def anneal(self, y, t, generators=None):
         """sqrt(g) * y + scale * sqrt(1 - g) * noise, rescaled, for a condition y (B, L, W) at time t.
@@ -192,8 +190,7 @@ def prepare(method, **parameters):
 
     Raises ValueError for an unknown method, for a parameter that it ignores, and for one that it lacks.
     """
-    if method not in METHODS:
-        raise ValueError(f"method={method!r} must be one of {', '.join(METHODS)}")
+    data.check_name(METHODS, method=method)
     row = METHODS[method]
     obeyed = (*row.required, *row.optional)
     for name, value in parameters.items():
@@ -209,6 +206,8 @@ def prepare(method, **parameters):
 
 def recommended(method, dataset, **given):
     """Parameters of a method: those of `given` that are not None, the others from GUIDANCE."""
+    data.check_name(METHODS, method=method)
+    data.check_name(GUIDANCE, dataset=dataset)
     obeyed = METHODS[method].required + METHODS[method].optional
     chosen = {name: value for name, value in GUIDANCE[dataset].items() if name in obeyed}
     return chosen | {name: value for name, value in given.items() if value is not None}
@@ -220,6 +219,8 @@ def generate(model, captions, prepared=None, steps=25, seed=0, batch=128):
 
     `prepared` comes from `prepare`; None is no guidance.
     """
+    erg.check_numbers(whole=True, low=1, batch=batch)
+    erg.check_numbers(whole=True, low=0, high=2**63 - 1, seed=seed)
     config, device = model.config, model.positions.device
     prepared = prepared or build_none()
     shape = (len(captions), config.channels, config.image_size, config.image_size)
