@@ -34,7 +34,7 @@ from toy.sampling import WEIGHTS, choose_device, describe, generate, load_checkp
 
 ROOT = Path(__file__).resolve().parent.parent
 CACHE = ROOT / "out" / "cache"
-SOURCES = ("erg.py", "tiny_dit.py", "toy/data.py", "toy/metrics.py", "toy/sampling.py",  # what a run executes
+SOURCES = ("erg.py", "tiny_dit.py", "toy/data.py", "toy/files.py", "toy/metrics.py",  # what a run executes
            "experiments/rivals.py", "experiments/variants.py", "experiments/runs.py")
 TASKS = ("text", "class", "unconditional")
 
