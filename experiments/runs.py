@@ -35,7 +35,7 @@ from toy.sampling import WEIGHTS, choose_device, describe, generate, load_checkp
 ROOT = Path(__file__).resolve().parent.parent
 CACHE = ROOT / "out" / "cache"
 SOURCES = ("erg.py", "tiny_dit.py", "toy/data.py", "toy/files.py", "toy/metrics.py",  # what a run executes
-           "experiments/rivals.py", "experiments/variants.py", "experiments/runs.py")
+           "toy/sampling.py", "experiments/rivals.py", "experiments/variants.py", "experiments/runs.py")
 TASKS = ("text", "class", "unconditional")
 
 # ---- One run -----------------------------------------------------------------------------------------------
