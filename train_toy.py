@@ -298,7 +298,9 @@ class Job:
         self.run = Training(config, options.lr, options.seed, device)
         self.run.iterations = options.iterations
         if not options.resume:
-            self.judge()
+            if device.type == "cpu" and main_process():
+                self.forecast()
+            self.judge(None)
             return
         expected = "the state of a training: start without --resume, or name its folder with --out"
         with files.load(self.path, expected) as state:
@@ -332,7 +334,7 @@ class Job:
         elif o.iterations:
             print(f"This takes about {60 * hours:.0f} minutes on {describe(self.device)}")
 
-    def judge(self, kept=None):
+    def judge(self, kept):
         """The classifier, and its features of 5,000 training images, which the metrics compare with."""
         if not main_process():
             return
@@ -344,8 +346,6 @@ class Job:
             self.classifier.load_state_dict(kept["classifier"])
             self.reference = kept["reference"]
             return
-        if self.device.type == "cpu":
-            self.forecast()
         self.classifier = train_classifier(images, self.recipe.classifier, o.classifier_iterations, o.seed,
                                            device)
         generator = torch.Generator().manual_seed(o.seed)
