@@ -38,6 +38,7 @@ def test_manifold_metrics_against_loops():
                 "coverage": sum(map(any, inside)) / 30,
                 "recall": sum(any((r - f).norm().item() < radius for f, radius in zip(fake, ball(fake))) for r in real) / 30}
     assert precision_recall_density_coverage(real, fake, k) == pytest.approx(expected)
+    assert precision_recall_density_coverage(real, fake) == precision_recall_density_coverage(real, fake, 5)
 
 
 def test_coverage_has_its_expected_value():

@@ -20,6 +20,47 @@ def test_every_block_is_the_identity_at_the_start():
     assert torch.equal(model(torch.randn(2, 3, 8, 8), 0.5, model.encode(["a", "red"])), torch.zeros(2, 3, 8, 8))
 
 
+def test_weights_at_the_start():
+    """Xavier's limits sqrt(6 / (inputs + outputs)) are met, biases are 0, words and positions have deviation 0.5."""
+    torch.manual_seed(0)
+    model = TinyDiT(config(width=96))
+    for layer in (module for module in model.modules() if isinstance(module, torch.nn.Linear) and module.weight.any()):
+        assert layer.weight.abs().max().item() == pytest.approx((6 / sum(layer.weight.shape))**0.5, rel=0.01)
+    assert not any(p.any() for name, p in model.named_parameters() if name.endswith("bias"))
+    assert [p.std().item() for p in (model.encoder.words.weight, model.encoder.positions)] == pytest.approx([0.5, 0.5], rel=0.1)
+
+
+def test_against_the_formulas_written_out():
+    """The whole model agrees with its definition on plain tensors, in float64."""
+    model, x, t = random_model(), torch.randn(2, 3, 8, 8, dtype=torch.float64), torch.tensor([0.25, 0.75]).double()
+    w, (W, H) = dict(model.named_parameters()), (32, 4)
+    linear = lambda name, y: y @ w[f"{name}.weight"].T + w[f"{name}.bias"]
+    norm = lambda y: (y - y.mean(-1, keepdim=True)) / (y.var(-1, correction=0, keepdim=True) + 1e-5).sqrt()
+    affine = lambda name, y: norm(y) * w[f"{name}.weight"] + w[f"{name}.bias"]
+    mlp = lambda name, y: linear(f"{name}.2", torch.nn.GELU("tanh")(linear(f"{name}.0", y)))
+    waves = lambda y, n: torch.cat([f(y[:, None] / 10_000**(torch.arange(n / 2).double() * 2 / n)) for f in (torch.sin, torch.cos)], -1)
+    def attention(name, y):
+        q, k, v = linear(f"{name}.qkv", y).view(2, -1, 3, H, W // H).unbind(2)  # each (B, T, H, D)
+        q, k = (z / z.square().mean(-1, keepdim=True).sqrt() * w[f"{name}.{n}_norm.weight"] for z, n in ((q, "q"), (k, "k")))
+        p = (torch.einsum("bihd,bjhd->bhij", q, k) / (W / H)**0.5).softmax(-1)
+        return linear(f"{name}.out", torch.einsum("bhij,bjhd->bihd", p, v).flatten(2))
+    y = w["encoder.words.weight"][torch.tensor([[1, 2, 4, 0, 0, 0], [5, 0, 0, 0, 0, 0]])] + w["encoder.positions"]
+    for name in (f"encoder.blocks.{i}" for i in range(3)):
+        y = y + attention(f"{name}.attention", affine(f"{name}.norm1", y))
+        y = y + mlp(f"{name}.mlp", affine(f"{name}.norm2", y))
+    words, silu, rows = affine("encoder.norm", y), lambda y: y * y.sigmoid(), waves(torch.arange(4.0).double(), W // 2)
+    c = silu(linear("time.2", silu(linear("time.0", waves(1000 * t, W)))) + linear("pooled", words.mean(1)))
+    places = torch.cat([rows.repeat_interleave(4, 0), rows.repeat(4, 1)], -1)
+    y = torch.cat([linear("patch_in", model.patchify(x)) + places, words], 1)
+    for name in (f"blocks.{i}" for i in range(6)):
+        a, b, gate_a, d, e, gate_d = linear(f"{name}.modulation", c)[:, None].split(W, -1)
+        y = y + gate_a * attention(f"{name}.attention", norm(y) * (1 + b) + a)
+        y = y + gate_d * mlp(f"{name}.mlp", norm(y) * (1 + e) + d)
+    a, b = linear("modulation", c)[:, None].split(W, -1)
+    v = linear("patch_out", norm(y[:, :16]) * (1 + b) + a)
+    torch.testing.assert_close(model.patchify(model(x, t, model.encode(["a red seven", "two"]))), v, rtol=1e-4, atol=1e-4)
+
+
 def test_every_parameter_learns():
     """Once the zero layers have moved, a gradient reaches every parameter."""
     model = random_model().requires_grad_(True)
@@ -78,6 +119,7 @@ def test_drop_words_rates_and_order():
         words = [w for w in row if w]
         assert row == words + [0] * (5 - len(words)) and words == sorted(words)
     assert torch.equal(drop_words(tokens, caption=0.0, word=0.0), tokens)
+    assert (drop_words(tokens, generator=generator) > 0).double().mean().item() == pytest.approx(0.9 * 0.9, abs=0.01)
 
 
 def test_loss_oracle_one_point():
