@@ -50,3 +50,19 @@ def check(call, words):
         call()
     assert all(word in str(error.value) for word in words.split("|")), str(error.value)
     assert not isinstance(error.value, NotImplementedError)
+
+
+@pytest.fixture
+def afresh():
+    """Nothing that an earlier test compiled, and more than the usual 8 graphs for one function."""
+    torch._dynamo.reset()
+    limit = "recompile_limit" if hasattr(torch._dynamo.config, "recompile_limit") else "cache_size_limit"
+    with torch._dynamo.config.patch({limit: 64}):
+        yield
+    torch._dynamo.reset()
+
+
+def pytest_ignore_collect(collection_path, config):
+    """`-m gpu` looks at the one file that has such tests: a machine with a GPU may lack what the others import."""
+    other = collection_path.suffix == ".py" and collection_path.name != "test_gpu.py"
+    return True if other and config.getoption("markexpr") == "gpu" else None

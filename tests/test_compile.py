@@ -12,7 +12,7 @@ import erg
 from conftest import random_model
 from test_rectify import Loop, Text, chain, example, run, same
 
-pytestmark = pytest.mark.filterwarnings("ignore:parts of .* are compiled on their own")
+pytestmark = [pytest.mark.usefixtures("afresh"), pytest.mark.filterwarnings("ignore:parts of .* are compiled on their own")]
 WHOLE, PARTS = ["torch.compile(model)"], ["block.compile()", "torch.compile(block)"]
 X = example(4, 3, 5, 4)
 
@@ -46,16 +46,6 @@ def texts():
 def model():
     """Fewer layers than elsewhere: each takes a second to compile."""
     return random_model(depth=2)
-
-
-@pytest.fixture(autouse=True)
-def afresh():
-    """Nothing that an earlier test compiled, and more than the usual 8 graphs for one function."""
-    torch._dynamo.reset()
-    limit = "recompile_limit" if hasattr(torch._dynamo.config, "recompile_limit") else "cache_size_limit"
-    with torch._dynamo.config.patch({limit: 64}):
-        yield
-    torch._dynamo.reset()
 
 
 def compiled(model, how, graphs):
@@ -234,28 +224,6 @@ def test_nothing_that_a_cuda_graph_refuses(model, inputs, settings):
             with Waits() as rectified:
                 model(*inputs)
             assert rectified.names == plain.names
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("how", ["torch.cuda.graph", "reduce-overhead"])
-def test_cuda_graphs(model, inputs, how):
-    """A captured rectified forward replays what the eager one computes, on other inputs too."""
-    model, (x, t, condition) = model.float().cuda(), (value.float().cuda() for value in inputs)
-    settings, other = dict(tau=0.1, layers=[1], rows=slice(2, 4), queries=slice(0, 16)), torch.randn_like(x)
-    expected = [run(model, (value, t, condition), (model, settings)) for value in (x, other)]
-    if how == "reduce-overhead":
-        fast = torch.compile(model, mode="reduce-overhead", fullgraph=True)
-        with erg.rectify(fast, **settings):
-            results = [fast(value, t, condition).clone() for value in (x, other, x, other)][2:]
-    else:
-        held, results, graph = x.clone(), [], torch.cuda.CUDAGraph()
-        with erg.rectify(model, **settings), torch.cuda.graph(graph):
-            out = model(held, t, condition)
-        for value in (x, other):
-            held.copy_(value)
-            graph.replay()
-            results.append(out.clone())
-    torch.testing.assert_close(results, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_a_model_that_was_compiled_in_place():
