@@ -16,6 +16,7 @@ import multiprocessing
 import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -97,7 +98,9 @@ def finish(out, expected):
     result(out)
     messages = train(out)
     assert messages[-1][0] == "done", messages[-1]
-    return equal(result(out), expected) and not list(out.glob("*.part"))
+    same = equal(result(out), expected) and not list(out.glob("*.part"))
+    print("." if same else "F", end="", flush=True)
+    return same
 
 
 def kills(number, folder, phases, expected, dice):
@@ -137,6 +140,7 @@ def main():
         parser.add_argument(f"--{name}", type=int, default=default)
     options, began = parser.parse_args(), time.time()
     dice = random.Random(options.seed)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))  # and the disk is unmounted
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "undisturbed"
         messages = train(out)
@@ -145,7 +149,7 @@ def main():
         phases = {phase: [b - a for a, b in zip(*([t for name, t in messages if name == wanted] for wanted in (phase, f"{phase} ends")))]
                   for phase in PHASES}
         rows = kills(options.kills, Path(folder), phases, expected, dice) | fills(options.fills, Path(folder), expected, size, dice)
-    print(f"{'':24}{'times':>8}{'left a temporary':>18}{'identical in the end':>22}")
+    print(f"\n{'':24}{'times':>8}{'left a temporary':>18}{'identical in the end':>22}")
     for name, found in rows.items():
         print(f"{name:24}{len(found):>8}{sum(left for left, _ in found):>18}{sum(same for _, same in found):>22}")
     print(f"{time.time() - began:.0f} s, seed {options.seed}, {size / 1e6:.1f} MB a training")
