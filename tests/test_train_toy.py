@@ -43,8 +43,11 @@ def no_pictures(monkeypatch):
 
 
 def process(first="", environment=(), **options):
-    """Another process that trains on one thread as train_toy.main(**options) does here, after the code `first`."""
-    code = f"import os, train_toy\ntrain_toy.RECIPES['digits'] = train_toy.{TINY}\n{first}\ntrain_toy.main(**{options})"
+    """Another process that trains on one thread as train_toy.main(**options) does here, after the code `first`.
+
+    It ends without Python's clearing up, in which threads of gloo were seen to abort on a busy machine.
+    """
+    code = f"import os, train_toy\ntrain_toy.RECIPES['digits'] = train_toy.{TINY}\n{first}\ntrain_toy.main(**{options})\nos._exit(0)"
     return subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
                             text=True, env={**os.environ, "OMP_NUM_THREADS": "1", **dict(environment)})
 
