@@ -40,7 +40,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-REPOSITORY, COMMIT = "", "29b4946f639a2f6934dbbc7a44edf232099aa704"
+REPOSITORY, COMMIT = "", "0f51855b0f05c8bcb4561a896ed0a36aaeae36ad"
 PLACES = (Path.cwd(), *Path.cwd().parents, Path("erg-guidance").resolve())
 ROOT = next((path for path in PLACES if (path / "notebooks/drawing.py").is_file()), None)
 if ROOT is None:
