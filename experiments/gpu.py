@@ -53,7 +53,7 @@ def train(o, dry=False):
 
 def samples(o):
     """Frechet distance and prompt accuracy of --images a row, and ten pictures of each class."""
-    own, table = o.out / "cifar10", []
+    own, table, each = o.out / "cifar10", [], max(1, min(10, o.images // 100))
     for name in reversed(data.NAMES):
         weights = str(own) if name == "cifar10" and own.with_suffix(".pt").is_file() else name
         words, sheets = next(iter(runs.attribute_words(runs.checkpoint(weights)[0]).values())), {}
@@ -66,12 +66,12 @@ def samples(o):
             print(f"{name} {METHODS[method].label} {given}: Frechet distance {row['frechet']:.3f}, "
                   f"prompt accuracy {row['prompt']:.1%}, {row['seconds']:.0f} s", flush=True)
             o.write("samples.json", table)
-            few = runs.Run(weights, "class", method, parameters, 0, 10 * len(words), 25)
+            few = runs.Run(weights, "class", method, parameters, 0, each * len(words), 25)
             x, attributes = runs.sample_run(few, o.chosen)
-            order = attributes[:, 0].sort(stable=True).indices.view(len(words), 10)
-            sheets[method, given.get("w")] = x[order]  # (classes, 10, 3, S, S)
+            order = attributes[:, 0].sort(stable=True).indices.view(len(words), each)
+            sheets[method, given.get("w")] = x[order]  # (classes, each, 3, S, S)
         for (method, w), x in sheets.items():
-            draw_grid(dict(zip(words, x)), [""] * 10, o.out / f"{name}-{method}{w or ''}.png",
+            draw_grid(dict(zip(words, x)), [""] * each, o.out / f"{name}-{method}{w or ''}.png",
                       f"{name}: {METHODS[method].label} {'' if w is None else f'w = {w}'}")
 
 

@@ -45,7 +45,7 @@ TASKS = ("text", "class", "unconditional")
 class Run:
     """All that decides the numbers of a run; parameters hold numbers, strings and lists alone."""
 
-    weights: str  # the name of a file under weights/, without .pt
+    weights: str  # a file without its .pt: a name under weights/, or a whole path
     task: str  # what the prompt holds: the caption, the class alone, or nothing
     method: str
     parameters: dict
@@ -79,7 +79,8 @@ def code_digest(root=ROOT):
 
 @functools.cache
 def weights_digest(name):
-    data.check_name(sorted(file.stem for file in WEIGHTS.glob("*.pt")), weights=name)
+    if not (WEIGHTS / f"{name}.pt").is_file():
+        data.check_name(sorted(file.stem for file in WEIGHTS.glob("*.pt")), weights=name)
     return hashlib.sha256((WEIGHTS / f"{name}.pt").read_bytes()).hexdigest()
 
 
