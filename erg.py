@@ -321,7 +321,7 @@ class _Rectifier:
             return F.scaled_dot_product_attention(_temper(q, tau, rows, queries), k, v, **options)
         else:
             if rows is not None and isinstance(tau, Tensor) and tau.dim():  # an entry for each chosen row
-                tau = q.new_ones(len(q)).slice_scatter(tau.to(q), 0, *rows.indices(len(q)))
+                tau = q.new_ones(len(q)).slice_scatter(tau.to(q), 0, *_ends(rows, len(q)))
             out = energy_attention(q, k, v, tau=tau, alpha=self.alpha, gamma=self.gamma, K=self.K,
                                    queries=queries, **options)
             queries = None  # they restrict tau alone
@@ -331,7 +331,7 @@ class _Rectifier:
                 if part is not None:
                     _check_slice(name, part, q.shape[dim])
                     chosen = out[(slice(None),) * dim + (part,)].to(plain.dtype)
-                    out = plain.slice_scatter(chosen, dim, *part.indices(q.shape[dim]))
+                    out = plain.slice_scatter(chosen, dim, *_ends(part, q.shape[dim]))
         return out
 
     def check(self, given=None, output=None):
@@ -747,6 +747,12 @@ def _check_slice(name, part, length=None):
     if not fits:
         raise ValueError(f"{name}={part} does not fit the {length} {name} of an attention call "
                          "(erg.attention_calls lists them)")
+
+
+def _ends(part, length):
+    """`part.indices(length)`, which torch.compile cannot trace in torch 2.11."""
+    chosen = range(length)[part]
+    return chosen.start, chosen.stop, chosen.step
 
 
 def _layers(name, layers):
