@@ -405,6 +405,8 @@ def test_rows_and_queries_beyond_the_tensors(model, inputs):
     assert torch.equal(model(*inputs), plain)
     with pytest.raises(ValueError, match="dropout_p=0.1"), erg.rectify(tau=0.1):
         F.scaled_dot_product_attention(X, X, X, dropout_p=0.1)
+    with erg.rectify(tau=0.1, batch=2):
+        F.scaled_dot_product_attention(X, X[:1], X[:1])  # keys of one row serve all
     assert len(erg.attention_calls(model.train(), *inputs)) == 6  # training mode is listed all the same
 
 
