@@ -135,7 +135,7 @@ def find_faults(file, names, tests):
                     new = new if bare or " " not in new else f"({new})"
                     wide = [span(p) for p in [node, *parents[::-1]] if isinstance(p, (ast.expr, ast.keyword, ast.AnnAssign))]
                     line = starts[node.lineno - 1], starts[node.end_lineno]
-                    first, last = next(((a, b) for a, b in wide if b - a > 11), line)
+                    first, last = next(((a, b) for a, b in wide if b - a > 24), line)
                     after = source[first:start] + new.encode() + source[end:last]
                     text = " -> ".join(" ".join(part.decode().split()) for part in (source[first:last], after))
                     whole = source[:first] + after + source[last:]

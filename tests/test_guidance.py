@@ -53,6 +53,7 @@ def test_weak_encoding_by_interception_and_by_projection_agree():
     torch.manual_seed(0)
     encoder, x = nn.Sequential(*(Projected() for _ in range(3))).double().eval(), torch.randn(2, 5, 8, dtype=torch.float64)
     strong, weak = erg.encode(encoder, x, tau=0.1, layers=[1, 2])
+    erg.encode(encoder, x, tau=0.9999)  # little is changed, but not too little
     hooked, by_hook = erg.encode(encoder, x, tau=0.1, projections=[encoder[1].q_proj, encoder[2].q_proj])
     assert torch.equal(strong, encoder(x)) and torch.equal(hooked, strong)
     torch.testing.assert_close(weak, by_hook, rtol=0, atol=1e-12)
@@ -73,15 +74,15 @@ def test_a_weak_encoding_equal_to_the_strong_one_is_an_error(encoder):
 
 
 def test_the_weak_encoding_is_all_that_the_encoder_returns():
-    """Nested outputs keep their structure, pooled vectors included."""
+    """Nested outputs keep their structure, pooled vectors included; both encodings get all arguments."""
     class Two(nn.Module):
-        def forward(self, x):
-            y = F.scaled_dot_product_attention(x, x, x)
+        def forward(self, x, factor=1):
+            y = factor * F.scaled_dot_product_attention(x, x, x)
             return {"tokens": y, "pooled": (y.mean(2), None)}
 
     x = torch.randn(2, 1, 5, 8)
-    strong, weak = erg.encode(Two().eval(), x, tau=0.0)
-    torch.testing.assert_close(weak["pooled"][0], x.mean(2))
+    strong, weak = erg.encode(Two().eval(), x, tau=0.0, factor=2)
+    torch.testing.assert_close(weak["pooled"][0], 2 * x.mean(2))
     assert (strong["pooled"][0] - weak["pooled"][0]).abs().max() > 1e-3 and weak["pooled"][1] is None
 
 
@@ -204,14 +205,14 @@ def test_the_whole_of_sampling_is_batch_independent(model, inputs, tokens, null)
 
 def test_apg_against_the_formulas_written_out():
     """Momentum, clip, project on the positive, per sample over all other dimensions, in this order."""
-    apg = erg.APG(momentum=-0.5, eta=0.25, norm_threshold=2.0)
+    apg = erg.APG(momentum=-0.5, eta=0.25, norm_threshold=11.0)  # below some of the norms, and above others
     generator, running, momentum = torch.Generator().manual_seed(0), 0.0, [0.0, 0.0]
     for _ in range(3):
         p, n = torch.randn(2, 2, 3, 4, 4, generator=generator, dtype=torch.float64)
         x1, running = apg.update(p, n, 4.0, running)
         for b in range(2):
             momentum[b] = (p - n)[b] - 0.5 * momentum[b]
-            d = momentum[b] * min(1.0, 2.0 / momentum[b].norm())
+            d = momentum[b] * min(1.0, 11.0 / momentum[b].norm())
             parallel = (d * p[b]).sum() / (p[b] * p[b]).sum() * p[b]
             torch.testing.assert_close(x1[b], p[b] + 3.0 * (d - parallel + 0.25 * parallel), rtol=1e-11, atol=1e-11)
     parallel, rest = erg.project(p, n)  # two parts, one along the target, the other at right angles to it

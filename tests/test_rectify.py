@@ -383,6 +383,8 @@ def test_rows_and_queries_beyond_the_tensors(model, inputs):
     with pytest.raises(ValueError, match="rows"), erg.rectify(model, tau=0.1, rows=slice(2, 8)):
         model(*inputs)
     assert torch.equal(model(*inputs), plain)
+    with erg.rectify(tau=0.1, batch=2):
+        F.scaled_dot_product_attention(X, X[:1], X[:1])  # keys of one row serve all
     assert len(erg.attention_calls(model.train(), *inputs)) == 6
 
 

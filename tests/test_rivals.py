@@ -333,12 +333,11 @@ def mask_by_hand(model, layer, threshold, x, t, condition):
 
 
 @pytest.mark.parametrize("t", [0.2, 0.6, 0.95])
-@pytest.mark.parametrize("layer, sigma, threshold, length", [
-    (3, 1.0, 1.0, 7), (1, 0.5, 1.1, 3), (5, 4.0, 0.9, 9)])
-def test_sag_against_its_definition_in_noise_space(model, inputs, t, layer, sigma, threshold, length):
+@pytest.mark.parametrize("layer, given, length", [(3, (), 7), (1, (0.5, 1.1), 3), (5, (4.0, 0.9), 9)])
+def test_sag_against_its_definition_in_noise_space(model, inputs, t, layer, given, length):
     """Blur the predicted image, noise it with the predicted noise, guide as eps~ + w (eps - eps~)."""
     x, _, condition = inputs
-    w, noise = 1.7, lambda y: y - t * model(y, t, condition)
+    w, (sigma, threshold), noise = 1.7, given or (1.0, 1.0), lambda y: y - t * model(y, t, condition)
     eps = noise(x)
     image = (x - (1 - t) * eps) / t
     mask = mask_by_hand(model, layer, threshold, x, t, condition)
@@ -346,7 +345,7 @@ def test_sag_against_its_definition_in_noise_space(model, inputs, t, layer, sigm
     blurred = mask * blur_by_loops(image, sigma, length) + (1 - mask) * image
     eps_weak = noise(t * blurred + (1 - t) * eps)
     guided = eps_weak + w * (eps - eps_weak)
-    v = SAG(w, layer, 4, sigma, threshold)(model, x, t, condition)
+    v = SAG(w, layer, 4, *given)(model, x, t, condition)
     torch.testing.assert_close(v, (x - guided) / t, rtol=0, atol=1e-10)
     assert (v - model(x, t, condition)).abs().max() > 1e-3
 

@@ -22,12 +22,11 @@ def test_every_block_is_the_identity_at_the_start():
 
 def test_weights_at_the_start():
     """Xavier's limits sqrt(6 / (inputs + outputs)) are met, biases are 0, words and positions have deviation 0.5."""
-    torch.manual_seed(0)
     model = TinyDiT(config(width=96))
     for layer in (module for module in model.modules() if isinstance(module, torch.nn.Linear) and module.weight.any()):
         assert layer.weight.abs().max().item() == pytest.approx((6 / sum(layer.weight.shape))**0.5, rel=0.01)
     assert not any(p.any() for name, p in model.named_parameters() if name.endswith("bias"))
-    assert [p.std().item() for p in (model.encoder.words.weight, model.encoder.positions)] == pytest.approx([0.5, 0.5], rel=0.1)
+    assert [p.std().item() for p in (model.encoder.words.weight, model.encoder.positions)] == pytest.approx([0.5, 0.5], rel=0.2)
 
 
 def test_against_the_formulas_written_out():
@@ -50,8 +49,7 @@ def test_against_the_formulas_written_out():
         y = y + mlp(f"{name}.mlp", affine(f"{name}.norm2", y))
     words, silu, rows = affine("encoder.norm", y), lambda y: y * y.sigmoid(), waves(torch.arange(4.0).double(), W // 2)
     c = silu(linear("time.2", silu(linear("time.0", waves(1000 * t, W)))) + linear("pooled", words.mean(1)))
-    places = torch.cat([rows.repeat_interleave(4, 0), rows.repeat(4, 1)], -1)
-    y = torch.cat([linear("patch_in", model.patchify(x)) + places, words], 1)
+    y = torch.cat([linear("patch_in", model.patchify(x)) + torch.cat([rows.repeat_interleave(4, 0), rows.repeat(4, 1)], -1), words], 1)
     for name in (f"blocks.{i}" for i in range(6)):
         a, b, gate_a, d, e, gate_d = linear(f"{name}.modulation", c)[:, None].split(W, -1)
         y = y + gate_a * attention(f"{name}.attention", norm(y) * (1 + b) + a)
