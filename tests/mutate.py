@@ -46,6 +46,16 @@ TARGETS = [  # file, functions (a class stands for its methods), tests: the quic
      "evaluate_together attention_received interval make_seg make_autoguidance make_mechanism", "test_rivals.py"),
 ]
 EQUIVALENT = {  # file, function: old -> new, and why no test can tell
+    "experiments/rivals.py, SAG.__call__: F.interpolate(mask, size=x.shape[-2:], mode=\"nearest\") -> "
+    "F.interpolate(mask, size=x.shape[-2:])": "nearest is the default",
+    "experiments/rivals.py, SAG.__call__: received[0] > self.threshold -> received[0] >= self.threshold":
+    "attention is never equal to the threshold",
+    "erg.py, _Rectifier.answer: self.alpha == self.gamma == self.K == 1 -> self.alpha == self.gamma == self.K == 2":
+    "a short cut is not taken; the long way gives the same, within rounding",
+    "erg.py, _Rectifier.answer: rows is not None and self.alpha == self.gamma == self.K == 1 -> "
+    "(rows is None) and self.alpha == self.gamma == self.K == 1": "the same: the short cut is for speed",
+    "toy/metrics.py, shift_and_flip: torch.rand(B, 1, generator=generator, device=device) < 0.5 -> "
+    "(torch.rand(B, 1, generator=generator, device=device) <= 0.5)": "one number in 2**24 is 0.5",
 }
 PAIRS = """Add Sub, Mult Div, Lt LtE, Gt GtE, Eq NotEq, Is IsNot, In NotIn, And Or, BitAnd BitOr, min max, amin amax, any all,
  sum mean, sin cos, clamp_min clamp_max, zeros ones, rand randn, sqrt square, v_pos v_neg, real fake, rows columns, shift scale"""
@@ -91,7 +101,7 @@ def variants(node, parent):
                 if keyword.arg not in ("device", "eps"):  # the tests have one device
                     yield changed(keywords=named[:i] + named[i + 1:])
             for i in range(len(args) - 1):
-                symmetric = ast.unparse(node.func) in ("min", "max", "zip", "isinstance", "getattr")  # or not arithmetic
+                symmetric = re.search("(min|max|promote_types|transpose|zip|isinstance|getattr)$", ast.unparse(node.func))
                 if not symmetric and not isinstance(args[i + 1], ast.Starred):
                     yield changed(args=[*args[:i], args[i + 1], args[i], *args[i + 2:]])
         case ast.Expr(value=ast.Call()):
@@ -108,9 +118,10 @@ def inside(node):
     for field, value in ast.iter_fields(node):
         for child in value if isinstance(value, list) else [value]:
             raises = isinstance(child, ast.If) and not child.orelse and isinstance(child.body[0], ast.Raise)
-            checks = isinstance(child, ast.Expr) and re.match(r"_?(check|numbers|super)", ast.unparse(child))
-            text = isinstance(child, (ast.Raise, ast.JoinedStr)) or field in ("annotation", "returns", "decorator_list")
-            if isinstance(child, ast.AST) and not (raises or checks or text):
+            checks = isinstance(child, ast.Expr) and re.match(r"(erg\.|data\.)?_?(check|require|super)", ast.unparse(child))
+            free = isinstance(child, (ast.Call, ast.Assign)) and re.search(r"^chunk = |manual_seed\(.*\)$", ast.unparse(child))
+            text = isinstance(child, (ast.Raise, ast.JoinedStr)) or field in ("annotation", "returns", "decorator_list", "defaults")
+            if isinstance(child, ast.AST) and not (raises or checks or text or free):
                 yield child, [node]
                 yield from ((below, [node, *parents]) for below, parents in inside(child))
 

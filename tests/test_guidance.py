@@ -168,8 +168,8 @@ def test_the_null_prompt_serves_all_rows_and_may_have_its_own_arguments(model, i
     for batched in (True, False):
         torch.testing.assert_close(at(encoded[:1], batched=batched), at(encoded), rtol=0, atol=1e-12)
     encoder, ones = lambda tokens, mask: tokens * mask, torch.ones(3)
-    pair = erg.ERG(w=2.0).encode(encoder, ones, mask=ones, null={"tokens": ones, "mask": 0 * ones})
-    assert [y.sum() for y in pair] == [3, 0]
+    pairs = [erg.ERG(w=2.0).encode(encoder, ones, mask=ones, null=null) for null in ({"tokens": ones, "mask": 0 * ones}, 2 * ones)]
+    assert [y.sum() for pair in pairs for y in pair] == [3, 0, 3, 6]
 
 
 def test_an_unconditional_model_and_nested_conditions(inputs):
@@ -235,7 +235,7 @@ def test_apg_guides_in_data_space(model, inputs, tokens, null):
 def test_apg_in_half_precision_does_not_cancel():
     """APG with eta = 1, no clipping and no momentum is eq. 10, also in bfloat16 and near t = 1, where x1 - x is small."""
     v_pos, v_neg, x = torch.randn(3, 2, 3, 8, 8, generator=torch.Generator().manual_seed(0)).bfloat16()
-    model = lambda x, t, c: torch.where((c == 1).view(-1, 1, 1, 1), torch.cat([v_pos, v_pos]), torch.cat([v_neg, v_neg]))
+    model = lambda x, t, c: torch.where(((c == 1) & (t.dtype == torch.float32)).view(-1, 1, 1, 1), torch.cat([v_pos, v_pos]), torch.cat([v_neg, v_neg]))
     settings = erg.ERG(w=2.0, apg=erg.APG(momentum=0.0, eta=1.0, norm_threshold=0.0))
     p, n = torch.randn(2, 3, 4, 5, dtype=torch.float64)
     torch.testing.assert_close(settings.apg.update(p, n, 3.0)[0], erg.guide(p, n, 3.0), rtol=1e-12, atol=1e-12)
