@@ -383,8 +383,10 @@ def test_rows_and_queries_beyond_the_tensors(model, inputs):
     with pytest.raises(ValueError, match="rows"), erg.rectify(model, tau=0.1, rows=slice(2, 8)):
         model(*inputs)
     assert torch.equal(model(*inputs), plain)
-    with erg.rectify(tau=0.1, batch=2):
-        F.scaled_dot_product_attention(X, X[:1], X[:1])  # keys of one row serve all
+    calls, counting = [], lambda *given, **options: calls.append(given) or F.scaled_dot_product_attention(*given, **options)
+    with erg.rectify(attention=counting), erg.rectify(tau=0.1, rows=slice(1, 2), batch=2):
+        F.scaled_dot_product_attention(X, X[:1], X[:1])  # keys of one row serve all, in one call
+    assert len(calls) == 1
     assert len(erg.attention_calls(model.train(), *inputs)) == 6
 
 
