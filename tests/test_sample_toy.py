@@ -2,6 +2,7 @@
 import pytest
 import torch
 
+import erg
 import sample_toy
 from conftest import random_model
 from toy import data
@@ -84,6 +85,20 @@ def test_cads_schedule_moments_and_defaults():
     noise = torch.stack([torch.randn(50, 20, generator=generator) for generator in seed()]).double()
     expected = 0.5**0.5 * y + 0.25 * 0.5**0.5 * noise  # halfway between 0.6 and 0.9
     torch.testing.assert_close(CADS(psi=0.0).anneal(y, 0.25, seed()), expected)
+
+
+def test_temperature_acts_on_image_tokens_alone(checkpoint):
+    """The weak prediction tempers the queries of the image, not those of the caption."""
+    model, *_ = load_checkpoint(checkpoint)
+    tokens, x, weak = torch.tensor([[1, 2, 3, 0, 0, 0]]), torch.randn(1, 3, 8, 8), {}
+    condition, guidance = prepare("i-erg", w=3.0, tau_i=0.01, layers=[2], negative="same")(model, tokens, 0 * tokens, seed=0)
+    with torch.no_grad():
+        v = guidance(model, x, 0.5, condition)
+        for queries in (slice(0, 16), None):
+            with erg.rectify(model, tau=0.01, layers=[2], queries=queries):
+                weak[queries is None] = model(x, 0.5, condition)
+        torch.testing.assert_close(v, 3 * model(x, 0.5, condition) - 2 * weak[False], rtol=0, atol=1e-4)
+    assert (weak[False] - weak[True]).abs().max() > 1e-3
 
 
 def test_cads_touches_the_positive_alone(checkpoint):
