@@ -69,6 +69,7 @@ def test_the_sample_does_not_depend_on_the_batch(checkpoint):
         prepared = prepare(method, **recommended(method, "digits"))
         together, apart = (generate(model, captions, prepared, steps=3, seed=5, batch=batch) for batch in (3, 1))
         torch.testing.assert_close(together, apart, rtol=0, atol=1e-4)
+        assert (together.amin(), together.amax()) == (-1, 1)  # clamped
 
 
 def test_cads_schedule_moments_and_defaults():
