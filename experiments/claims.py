@@ -14,6 +14,7 @@ from pathlib import Path
 from experiments.report import TITLES, number, pareto_front
 from experiments.statistics import difference, gain, judge
 from toy import data
+from toy.files import write_whole
 from toy.metrics import BETTER
 
 # ---- Tests: (the result of a checkpoint, a metric) -> (mean, half width), or (mean, half width, verdict) ---
@@ -334,7 +335,7 @@ def write(out, explained=True):
             "|---" * (len(checkpoints) + 3) + "|", *lines, ""]
     if explained:
         page += [Path(__file__).with_name("why.md").read_text().strip(), ""]
-    data.write_whole(out / "CLAIMS.md", lambda file: file.write("\n".join(page).encode()))
+    write_whole(out / "CLAIMS.md", lambda file: file.write("\n".join(page).encode()))
     return tally.total()
 
 

@@ -1,4 +1,4 @@
-"""What a borrowed GPU is for: CIFAR-10 weights, rows of 10,000 images, the tests marked gpu, timings.
+"""What a GPU is for: CIFAR-10 weights, rows of 10,000 images, the tests marked gpu, timings.
 
     python -m experiments.gpu dry train --minutes 8 --data-dir data/cifar10
     python -m experiments.gpu samples tests times                  # of out/gpu/cifar10.pt, if it is there
@@ -173,8 +173,9 @@ def main(**given):
         began = time.time()
         try:
             STEPS[step](o)
-        except Exception:
-            traceback.print_exc()
+        except Exception as error:
+            if not isinstance(error, subprocess.CalledProcessError):  # which has said what is wrong
+                traceback.print_exc()
             failed.append(step)
         how = "failed" if step in failed else "done"
         print(f"== {step}: {how} after {time.time() - began:.0f} s", flush=True)

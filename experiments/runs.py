@@ -28,6 +28,7 @@ import erg
 from experiments import rivals, variants  # noqa: F401  (their rows join toy.sampling.METHODS)
 from tiny_dit import TinyDiT
 from toy import data
+from toy.files import write_whole
 from toy.metrics import (ball_radii, features_of, frechet_distance, precision_recall_density_coverage,
                          saturation)
 from toy.sampling import WEIGHTS, choose_device, describe, generate, load_checkpoint, prepare
@@ -223,7 +224,7 @@ def collect(runs, cache=CACHE, device=None, title="runs"):
             text = record(run, dict(compute(run, device), hardware=hardware, torch=str(torch.__version__)))
         except (ValueError, RuntimeError) as error:
             raise RuntimeError(f"{run}: {error}") from error
-        data.write_whole(cache / f"{run.key}.json", lambda file: file.write(text.encode()))
+        write_whole(cache / f"{run.key}.json", lambda file: file.write(text.encode()))
     if world > 1:
         dist.barrier()
     rows = {run: read(run, cache) for run in runs}

@@ -12,7 +12,7 @@ import torch  # noqa: E402
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from tiny_dit import Config, TinyDiT  # noqa: E402
-from toy import data  # noqa: E402
+from toy.files import DataError  # noqa: E402
 
 WORDS = ("a", "red", "blue", "seven", "two", "on")
 
@@ -46,7 +46,7 @@ def inputs(model):
 
 def check(call, words):
     """One error, of a kind that the scripts report in a line, which holds each of the words (apart by "|")."""
-    with pytest.raises((ValueError, RuntimeError, data.DataError)) as error:
+    with pytest.raises((ValueError, RuntimeError, DataError)) as error:
         call()
     assert all(word in str(error.value) for word in words.split("|")), str(error.value)
     assert not isinstance(error.value, NotImplementedError)

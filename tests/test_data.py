@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 
-from toy import data
+from toy import data, files
 
 BODY = bytes(range(256)) * 1000
 RECORDS = np.random.default_rng(0).integers(0, 256, (12, 3073), np.uint8)
@@ -113,7 +113,7 @@ def test_an_interrupted_write_leaves_the_old_file(tmp_path):
     """Ctrl-C while a file is written leaves its older version, and no temporary file."""
     (tmp_path / "file.bin").write_bytes(b"old")
     with pytest.raises(KeyboardInterrupt):
-        data.write_whole(tmp_path / "file.bin", lambda file: file.write(b"half") and signal.raise_signal(signal.SIGINT))
+        files.write_whole(tmp_path / "file.bin", lambda file: file.write(b"half") and signal.raise_signal(signal.SIGINT))
     assert tree(tmp_path) == ["file.bin"] and (tmp_path / "file.bin").read_bytes() == b"old"
 
 
@@ -169,7 +169,7 @@ def test_a_hostile_archive_stays_inside(tmp_path):
             (f"{INNER}/test_batch.bin", f"{outside}/mine.bin"), (INNER, str(outside)), ("link", str(outside)),
             ("link/test_batch.bin", b"!")]
     (folder / "cifar-10-binary.tar.gz").write_bytes(tar_gz(*evil))
-    with pytest.raises(data.DataError, match="test_batch.bin"):
+    with pytest.raises(files.DataError, match="test_batch.bin"):
         data.load("cifar10", folder, "test")
     assert tree(folder) == ["cifar-10-binary.tar.gz"]
     (folder / "cifar-10-binary.tar.gz").write_bytes(tar_gz(*evil, *batches(), *evil))
@@ -190,7 +190,7 @@ def test_no_pickle_is_loaded(tmp_path, monkeypatch):
         monkeypatch.setattr(pickle, name, lambda *given, **named: pytest.fail("a pickle was loaded"))
     assert all(len(data.load(name, tmp_path, split)) for name in data.NAMES for split in ("train", "test"))
     monkeypatch.setattr(data, "SHIPPED", tmp_path)
-    with pytest.raises(data.DataError, match="pickle"):
+    with pytest.raises(files.DataError, match="pickle"):
         data.load("digits")
 
 
