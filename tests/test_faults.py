@@ -109,14 +109,14 @@ WEIGHT = [
 ]
 STATE = [
     *((edited(lambda state, key=key: state.pop(key)), f"'{key}' is missing; it holds ")
-      for key in ("settings", "judge", "step", "iterations", "seconds", "weak", "curve", "model", "average", "optimizer")),
+      for key in ("settings", "judge", "step", "iterations", "seconds", "weak", "curve", "model", "average", "optimizers")),
     (edited(lambda state: state["settings"].pop("lr")), "'lr' is missing"),
     (edited(lambda state: state["judge"].pop("classifier")), "'classifier' is missing"),
     *((put(name, LAYER), f"{LAYER} holds NaN") for name in ("model", "average")),
-    (put("weak", "half", LAYER, value=-INF), f"{LAYER} holds NaN"), (put("optimizer", "state", 0, "exp_avg"), "exp_avg holds NaN"),
+    (put("weak", "half", LAYER, value=-INF), f"{LAYER} holds NaN"), (put("optimizers", 1, "state", 0, "exp_avg"), "exp_avg holds NaN"),
     (settings("settings", iterations=70), "trained with iterations 70, not 10; give the same settings"),
     (settings("settings", seed=1), "trained with seed 1, not 0"), (settings("settings", config={}), "trained with config {}"),
-    (edited(lambda state: state["model"].pop(LAYER)), "Missing key"), (edited(lambda state: state.update(optimizer={})), "is missing"),
+    (edited(lambda state: state["model"].pop(LAYER)), "Missing key"), (edited(lambda state: state.update(optimizers=[{}, {}])), "is missing"),
     (lambda raw: None, "a regular file"), ("digits.pt", "'settings' is missing; it holds config, model"),
 ]
 

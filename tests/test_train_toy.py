@@ -68,7 +68,7 @@ def equal(a, b):
 
 
 def same_training(a, b):
-    keys = ("step", "curve", "model", "average", "optimizer", "weak", "settings")
+    keys = ("step", "curve", "model", "average", "optimizers", "weak", "settings")
     return all(equal(training_state(a)[key], training_state(b)[key]) for key in keys)
 
 
@@ -130,6 +130,48 @@ def test_ema_is_the_average_of_the_weights(averaged, monkeypatch, tmp_path):
         assert torch.equal(weak[name][first], path[step - 1]) and not torch.equal(weak[name][first], last[first])
     expected = [1 - min(0.6, (i + 1) / (i + 10)) for i in range(20)]
     assert [weight for _, weight in seen] == pytest.approx(expected)
+
+
+def newton_schulz(g, steps):
+    """The iteration of Muon's authors, in float64: g (n, m) towards the nearest orthogonal matrix."""
+    x = g.double() / g.double().norm()
+    for _ in range(steps):
+        gram = x @ x.T
+        x = 3.4445 * x - 4.7750 * gram @ x + 2.0315 * gram @ gram @ x
+    return x
+
+
+def test_optimizers():
+    """Muon has the matrices of attention and MLPs, AdamW all else; both step as their papers say, at the rate given."""
+    torch.manual_seed(0)
+    model = train_toy.TinyDiT(Config(vocabulary=("a",), width=32, depth=2, text_depth=1))
+    muon, adamw = train_toy.optimizers(model, 0.1)
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    groups = [[names.pop(parameter) for parameter in o.param_groups[0]["params"]] for o in (muon, adamw)]
+    kinds = ("attention.qkv.weight", "attention.out.weight", "mlp.0.weight", "mlp.2.weight")
+    assert not names and len(groups[0]) == 3 * 4 and all(name.endswith(kinds) for name in groups[0])
+    assert not any(name.endswith(kinds) for name in groups[1])
+    matrix, bias = model.blocks[0].attention.out, model.blocks[0].mlp[0].bias
+    before = matrix.weight.detach().clone(), bias.detach().clone()
+    matrix.weight.grad, bias.grad = torch.randn(32, 32), torch.randn(128)
+    muon.step(), adamw.step()
+    expected = 0.1 * 0.2 * math.sqrt(32) * newton_schulz(matrix.weight.grad, 3)
+    assert ((before[0] - matrix.weight) - expected).norm() < 0.02 * expected.norm()  # torch iterates in bfloat16
+    assert torch.allclose(before[1] - bias, 0.1 * bias.grad.sign(), atol=1e-5)  # Adam's first step
+
+
+def test_compilation_by_default(monkeypatch):
+    """A long training on a CPU is compiled if a compiler works, a short one is not; a GPU's is."""
+    options = lambda **given: SimpleNamespace(**{"iterations": None, "minutes": None, **given})
+    working = lambda f: f
+    for compiler, expected in ((working, True), (None, False)):
+        monkeypatch.setattr(torch, "compile", compiler)
+        for given in (dict(iterations=2001), dict(minutes=10.5)):
+            assert train_toy.compile_pays(options(**given), torch.device("cpu")) is expected
+        for given in (dict(iterations=2000), dict(minutes=10)):
+            assert not train_toy.compile_pays(options(**given), torch.device("cpu"))
+        assert train_toy.compile_pays(options(iterations=1), torch.device("cuda"))
+        assert not train_toy.compile_pays(options(iterations=9000), torch.device("mps"))
 
 
 def test_learning_rate():
