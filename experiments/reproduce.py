@@ -50,6 +50,7 @@ def arguments():
         help="folder to write to (experiments/results; --quick: out/quick, --weights: out/results)")
     add("--cache", default=str(runs.CACHE), type=place, help="folder of the finished runs (out/cache)")
     add("--device", choices=("cuda", "mps", "cpu"), help="chosen automatically when not given")
+    add("--bf16", action="store_true", help="sample in bfloat16, for processors that are faster with it")
     return parser
 
 
@@ -113,7 +114,7 @@ def main(argv):
     files.writable(Path(options.cache) / "row", *(out / name for name in options.names))
     scale = entries.QUICK if options.quick else entries.FULL
     names = [name for name in ENTRIES if name in options.names or "all" in options.names]
-    device = choose_device(options.device)
+    device, runs.BF16 = choose_device(options.device), options.bf16
     runs.start_processes(device)
     results, used = sample_entries(names, weights, scale, options.cache, device)
     first = not dist.is_initialized() or dist.get_rank() == 0

@@ -35,6 +35,7 @@ from toy.sampling import WEIGHTS, choose_device, describe, generate, load_checkp
 
 ROOT = Path(__file__).resolve().parent.parent
 CACHE = ROOT / "out" / "cache"
+BF16 = False  # sample in bfloat16: --bf16 of the command line
 SOURCES = ("erg.py", "tiny_dit.py", "toy/data.py", "toy/files.py", "toy/metrics.py",  # what a run executes
            "toy/sampling.py", "experiments/rivals.py", "experiments/variants.py", "experiments/runs.py")
 TASKS = ("text", "class", "unconditional")
@@ -62,7 +63,8 @@ class Run:
     @functools.cached_property
     def key(self):
         names = [self.weights, self.parameters.get("weak", self.weights)]  # AutoGuidance has a second model
-        state = [dataclasses.asdict(self), code_digest(), str(torch.__version__), *map(weights_digest, names)]
+        state = [dataclasses.asdict(self), code_digest(), str(torch.__version__), BF16]
+        state += map(weights_digest, names)
         return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()[:24]
 
     def __hash__(self):
@@ -136,8 +138,10 @@ def sample_run(run, device="cpu"):
     model, *_ = checkpoint(run.weights, device)
     prompts, attributes = draw_prompts(attribute_words(model), run.task, run.images, run.seed)
     prepared = prepare(run.method, **run.parameters)
-    batch = 2000 if torch.device(device).type == "cuda" else 64
-    return generate(model, prompts, prepared, run.steps, run.seed, batch), attributes
+    kind = torch.device(device).type
+    with torch.autocast(kind, torch.bfloat16, enabled=BF16):
+        x = generate(model, prompts, prepared, run.steps, run.seed, 2000 if kind == "cuda" else 64)
+    return x, attributes
 
 
 def compute(run, device="cpu"):
