@@ -76,9 +76,10 @@ def tests(o):
 
 
 def bench(o):
-    """What it costs."""
-    subprocess.run([sys.executable, "-m", "experiments.bench", f"--out={o.out}", f"--device={o.device}",
-                    *["--quick"] * (o.device == "cpu")], check=True, cwd=runs.ROOT)
+    """What it costs: the sections that a GPU has a part in."""
+    sections = "guidance methods attention memory evaluations training sampling growth".split()
+    subprocess.run([sys.executable, "-m", "experiments.bench", *sections, f"--out={o.out}",
+                    f"--device={o.device}", *["--quick"] * (o.device == "cpu")], check=True, cwd=runs.ROOT)
 
 
 STEPS = {"dry": lambda o: train(o, dry=True), "train": train, "samples": samples, "tests": tests,

@@ -11,14 +11,14 @@ from torch.utils.flop_counter import FlopCounterMode
 from experiments import bench
 from tiny_dit import Attention, Config, TinyDiT
 
-OPTIONS = SimpleNamespace(device="cpu", chosen=torch.device("cpu"), synchronize=lambda: None, seconds=0.0, curves={})
+OPTIONS = SimpleNamespace(device="cpu", chosen=torch.device("cpu"), dtype=torch.float32, synchronize=lambda: None, seconds=0.0, curves={})
 
 
 def test_turns_are_taken():
-    """Calls are measured in turns; one that sleeps three times as long takes three times as long."""
+    """Calls are measured in turns; one that sleeps takes at least its own time."""
     order, sleep = [], lambda n: order.append(n) or time.sleep(n / 50)
     spent = bench.turns(OPTIONS, lambda: sleep(1), lambda: sleep(3), least=4)
-    assert spent.shape == (4, 2) and order == [1, 1, 3, 3] + 4 * [1, 3]  # each is called twice before
+    assert spent.shape == (4, 2) and order == [1, 1, 3, 3] + 2 * [3, 1, 1, 3]  # each is called twice before
     assert (spent >= torch.tensor([0.02, 0.06])).all()
 
 
@@ -55,9 +55,9 @@ def test_the_usual_attention_is_the_same_function():
 
 @pytest.mark.parametrize("value, goal, expected", [
     (1.02, "≤ 1.02", True), (1.03, "≤ 1.02", False), (1.5, "≥ 1.5", True), (1.4, "≥ 1.5", False),
-    (0.96, "1 ± 0.05", True), (1.06, "1 ± 0.05", False), (7.0, "", True)])
+    (7.0, "", True)])
 def test_goals(value, goal, expected):
-    """A goal is a bound, or a distance from 1."""
+    """A goal is a bound."""
     assert bench.met(value, goal) is expected
 
 
