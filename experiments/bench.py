@@ -2,7 +2,7 @@
 
     python -m experiments.bench                        # all but `learning`; --quick: under three minutes
     python -m experiments.bench guidance growth        # some sections; the others' results are kept
-    python -m experiments.bench learning --data-dir data/mnist        # MNIST after 4, 8 and 16 minutes
+    python -m experiments.bench learning --data-dir data/mnist        # MNIST by minutes of training
 
 It writes bench.json, bench.md and bench.png to --out. In a turn each contestant is measured once; a figure
 is the median over turns, with quartiles.
@@ -29,7 +29,7 @@ import train_toy
 from experiments import runs
 from tiny_dit import Config, TinyDiT, flow_matching_loss, sample
 from toy import data
-from toy.command import Parser, place, run
+from toy.command import Parser, number, place, run
 from toy.files import write_whole
 from toy.metrics import evaluate
 from toy.sampling import (METHODS, WEIGHTS, choose_device, describe, generate, load_checkpoint, prepare,
@@ -351,12 +351,12 @@ def learning(o):
     captions, attributes = runs.draw_prompts(runs.attribute_words(shipped), "text", 1000, 0)
     judge = lambda model: evaluate(generate(model, captions), attributes, classifier, reference)
     own = judge(shipped)
-    for minutes in (4, 8, 16):
+    for minutes in o.minutes:
         with tempfile.TemporaryDirectory() as folder:
             command("train_toy.py", "--dataset", "mnist", "--out", folder, "--minutes", minutes, "--device",
                     o.device, *(("--data-dir", Path(o.data_dir).resolve()) if o.data_dir else ()))
             row = judge(load_checkpoint(Path(folder) / "mnist.pt", o.chosen)[0])
-        name = f"{minutes} minutes in all: {row['frechet']:.3f}, prompt accuracy {row['prompt']:.1%}"
+        name = f"{minutes:g} minutes in all: {row['frechet']:.3f}, prompt accuracy {row['prompt']:.1%}"
         yield name, torch.tensor([row["frechet"] / own["frechet"]]), ""
     name = f"shipped, {notes['training_minutes']} minutes of training: {own['frechet']:.3f}"
     yield f"{name}, prompt accuracy {own['prompt']:.1%}", torch.ones(1), ""
@@ -382,7 +382,7 @@ def growth(o):
               for n in (8, 16, 32, 64)[:3 if o.quick else 4]]
     yield grow("image tokens", [m.side**2 for m in models], [step_of(m, 2, **i_erg(m)) for m in models],
                lambda n: flops(models[0].config, n + 6))
-    sizes = [1, 4, 16, 64, *[256, 512][:2 * (not o.quick)]]
+    sizes = [1, 4, 16, 64, 512][:4 if o.quick else 5]
     yield grow("batch", sizes, [step_of(o.digits, n, **i_erg(o.digits)) for n in sizes], float)
     q, k, v = torch.randn(3, 1, 4, 1024, 64, device=o.chosen, dtype=o.dtype)
     sizes = [1, 2, 5, 10]
@@ -471,6 +471,7 @@ def arguments():
     add("sections", nargs="*", metavar="SECTION", help=f"of {', '.join(SECTIONS)}; all but learning if none")
     add("--quick", action="store_true", help="fewer sizes and turns: a try, not a result")
     add("--data-dir", type=place, help="for learning: folder with MNIST's files, downloaded when missing")
+    add("--minutes", nargs="+", default=[4, 8, 16], type=number(1, 1000), help="for learning (4 8 16)")
     add("--out", type=place, help="folder to write to (experiments/results; --quick: out/quick)")
     add("--device", choices=("cuda", "cpu"), help="cuda if it is there")
     return parser

@@ -77,9 +77,9 @@ def test_growth_finds_the_exponent(monkeypatch):
 def test_a_section_is_written_and_the_others_are_kept(tmp_path):
     """Two calls of a section each leave both in bench.json and in the page; an unknown section is an error."""
     for name in ("memory", "attention"):
-        bench.main(sections=[name], quick=True, data_dir=None, out=str(tmp_path), device="cpu")
+        bench.main(sections=[name], quick=True, data_dir=None, minutes=[4], out=str(tmp_path), device="cpu")
     found, text = json.loads((tmp_path / "bench.json").read_text()), (tmp_path / "bench.md").read_text()
     assert list(found) == ["attention", "memory"] and all(bench.SECTIONS[name].__doc__ in text for name in found)
     assert all(row["quartiles"][0] == pytest.approx(1, abs=0.05) for row in found["memory"]["rows"])
     with pytest.raises(ValueError, match="section='speed'"):
-        bench.main(sections=["speed"], quick=True, data_dir=None, out=str(tmp_path), device="cpu")
+        bench.main(sections=["speed"], quick=True, data_dir=None, minutes=[4], out=str(tmp_path), device="cpu")
