@@ -29,7 +29,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-REPOSITORY, COMMIT = "", "0f51855b0f05c8bcb4561a896ed0a36aaeae36ad"
+REPOSITORY, COMMIT = "", "ef63fde35dba54a6cbe7aa6da3b87bdb55496d5b"
 PLACES = (Path.cwd(), *Path.cwd().parents, Path("erg-guidance").resolve())
 ROOT = next((path for path in PLACES if (path / "notebooks/drawing.py").is_file()), None)
 if ROOT is None:
@@ -141,7 +141,7 @@ plt.show()
 # %% [markdown]
 # I-ERG keeps colours and position and loses structure: strokes smear on the digits and fall apart on MNIST, because the patches
 # of these layers all see the same mean. C-ERG loses what the caption says, and how much that is depends on what $x_t$ shows
-# already: on the digits colours turn into a mixture; on MNIST the zero is crossed out, and most strokes stay.
+# already: on the digits very little; on MNIST the zero is crossed out, and most strokes stay.
 # On CIFAR-10, whose pictures are harder for so small a model, I-ERG leaves a blur of the same colours, and C-ERG changes little.
 #
 # Is the weak prediction *weak*, or just different? For a flow that is a question with an answer: the squared error of the

@@ -40,7 +40,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-REPOSITORY, COMMIT = "", "0f51855b0f05c8bcb4561a896ed0a36aaeae36ad"
+REPOSITORY, COMMIT = "", "ef63fde35dba54a6cbe7aa6da3b87bdb55496d5b"
 PLACES = (Path.cwd(), *Path.cwd().parents, Path("erg-guidance").resolve())
 ROOT = next((path for path in PLACES if (path / "notebooks/drawing.py").is_file()), None)
 if ROOT is None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 
-from experiments import claims, entries, inside, report, reproduce, runs
+from experiments import bench, claims, entries, inside, report, reproduce, runs
 from experiments.statistics import difference, estimate, gain, judge, t_quantile, winners
 from toy import data
 from toy.metrics import BETTER
@@ -384,6 +384,7 @@ def test_the_committed_pages_follow_from_the_committed_numbers(tmp_path):
     """Every page and CLAIMS.md is what the code makes of the JSON beside it. All claims have been judged, and
     those that are withdrawn exist."""
     records = {file.stem: json.loads(file.read_text()) for file in RESULTS.glob("*.json")}
+    assert (RESULTS / "bench.md").read_text() == bench.page(records.pop("bench"))
     assert set(records) == set(reproduce.ENTRIES)
     for name, record in records.items():
         text = report.markdown(name, record, reproduce.ENTRIES[name].__doc__)
