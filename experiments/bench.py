@@ -355,11 +355,12 @@ def learning(o):
     own = judge(shipped)
     for minutes in o.minutes:
         with tempfile.TemporaryDirectory() as folder:
-            command("train_toy.py", "--dataset", "mnist", "--out", folder, "--minutes", minutes, "--samples", 6,
-                    "--device", o.device, *(("--data-dir", Path(o.data_dir).resolve()) if o.data_dir else ()))
+            command("train_toy.py", "--dataset", "mnist", "--out", folder, "--minutes", minutes,
+                    "--samples", 6, "--device", o.device,
+                    *(("--data-dir", Path(o.data_dir).resolve()) if o.data_dir else ()))
             row = judge(load_checkpoint(Path(folder) / "mnist.pt", o.chosen)[0])
-        name = f"{minutes:g} minutes, classifier included: {row['frechet']:.3f}, prompt accuracy {row['prompt']:.1%}"
-        yield name, torch.tensor([row["frechet"] / own["frechet"]]), ""
+        name = f"{minutes:g} minutes, classifier included: {row['frechet']:.3f}"
+        yield f"{name}, prompt accuracy {row['prompt']:.1%}", torch.tensor([row["frechet"] / own["frechet"]]), ""
     name = f"shipped, {notes['training_minutes']} minutes of training: {own['frechet']:.3f}"
     yield f"{name}, prompt accuracy {own['prompt']:.1%}", torch.ones(1), ""
 
