@@ -360,7 +360,8 @@ def learning(o):
                     *(("--data-dir", Path(o.data_dir).resolve()) if o.data_dir else ()))
             row = judge(load_checkpoint(Path(folder) / "mnist.pt", o.chosen)[0])
         name = f"{minutes:g} minutes, classifier included: {row['frechet']:.3f}"
-        yield f"{name}, prompt accuracy {row['prompt']:.1%}", torch.tensor([row["frechet"] / own["frechet"]]), ""
+        ratio = torch.tensor([row["frechet"] / own["frechet"]])
+        yield f"{name}, prompt accuracy {row['prompt']:.1%}", ratio, ""
     name = f"shipped, {notes['training_minutes']} minutes of training: {own['frechet']:.3f}"
     yield f"{name}, prompt accuracy {own['prompt']:.1%}", torch.ones(1), ""
 
