@@ -498,7 +498,7 @@ def main(**given):
     options.deadline = options.began + 60 * (options.minutes or 0)
     device = choose_device(options.device)
     if options.compile is None:
-        options.compile = compile_pays(options, device)
+        options.compile = (world == 1 or device.type == "cuda") and compile_pays(options, device)
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")
         torch.backends.cudnn.benchmark = True
