@@ -43,7 +43,7 @@ WEAK = {"early": 16, "quarter": 4, "half": 2}  # the average is kept after so sm
 NULL, CLASS_ALONE = 0.1, 0.1  # shares of the captions that are empty, and "a seven" or "a horse"
 WRITTEN = ("-training.pt", ".pt", *(f"-{name}.pt" for name in WEAK), ".json", ".png", "-loss.png")
 FROM_RECIPE = ("iterations", "batch", "lr", "ema", "samples", "classifier_iterations")
-KEPT = ("dataset", "minutes", "iterations", "batch", "lr", "ema", "seed")  # what a resumed run must repeat
+KEPT = ("dataset", "minutes", "iterations", "batch", "lr", "ema", "seed", "full_captions")  # as before a resume
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +58,7 @@ class Recipe:
     t_mean: float = 0.0  # of the logit of t in training: below 0 puts more of it on noisy images
     ema: float = 0.995  # decay of the averaged weights
     flips: bool = False  # mirror half of the images: handwriting has a handedness
+    full_captions: bool = False  # drop no caption and no word: the null prompt then means nothing
     classifier: str = "plain"  # or "residual"
     classifier_iterations: int = 1000
 
@@ -100,9 +101,11 @@ def draw_batch(images, tables, recipe, batch, seed, step):
     x, attributes = images.draw(rows, generator)
     if recipe.flips:
         x = torch.where(uniform()[:, :, None, None] < 0.5, x.flip(3), x)
-    null = NULL / (1 - CLASS_ALONE)  # before the class words take the place of some
-    tokens = drop_words(full[tuple(attributes.T)], caption=null, generator=generator)  # (B, L)
-    tokens = torch.where(uniform() < CLASS_ALONE, short[attributes[:, 0]], tokens)
+    tokens = full[tuple(attributes.T)]  # (B, L)
+    if not recipe.full_captions:
+        null = NULL / (1 - CLASS_ALONE)  # before the class words take the place of some
+        tokens = drop_words(tokens, caption=null, generator=generator)
+        tokens = torch.where(uniform() < CLASS_ALONE, short[attributes[:, 0]], tokens)
     normal = torch.randn(batch, generator=generator, device=device)
     t = (recipe.t_mean + normal).sigmoid()  # logit-normal (Esser et al., 2024)
     return x, tokens, t, torch.randn(x.shape, generator=generator, device=device)
@@ -302,7 +305,8 @@ class Job:
     """A training with its classifier: what is loaded at its start, and written now and then."""
 
     def __init__(self, options, device):
-        self.options, self.recipe = options, RECIPES[options.dataset]
+        self.options = options
+        self.recipe = dataclasses.replace(RECIPES[options.dataset], full_captions=options.full_captions)
         self.folder, self.device = Path(options.out), device
         self.path = self.folder / f"{options.dataset}-training.pt"
         if main_process():
@@ -448,6 +452,7 @@ def arguments():
     add("--out", default="out", type=place, help="folder for everything that is written (out)")
     add("--resume", action="store_true", help="go on from the last save under --out")
     add("--seed", default=0, type=number(0, SEED, int), help="of the training and of the samples (0)")
+    add("--full-captions", action="store_true", help="drop no caption and no word: no null prompt is learned")
     add("--device", choices=("cuda", "mps", "cpu"), help="chosen automatically when not given")
     add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile the step (where it pays)")
     add("--save-every", default=1000, type=number(0, 10**9, int),
