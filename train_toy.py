@@ -43,7 +43,7 @@ WEAK = {"early": 16, "quarter": 4, "half": 2}  # the average is kept after so sm
 NULL, CLASS_ALONE = 0.1, 0.1  # shares of the captions that are empty, and "a seven" or "a horse"
 WRITTEN = ("-training.pt", ".pt", *(f"-{name}.pt" for name in WEAK), ".json", ".png", "-loss.png")
 FROM_RECIPE = ("iterations", "batch", "lr", "ema", "samples", "classifier_iterations")
-KEPT = ("dataset", "minutes", "iterations", "batch", "lr", "ema", "seed", "full_captions")  # as before a resume
+KEPT = ("dataset", "minutes", "iterations", "batch", "lr", "ema", "seed", "full_captions")  # of a resume
 
 
 @dataclasses.dataclass(frozen=True)

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 
 import erg
 from toy import data
-from toy.sampling import METHODS, WEIGHTS, Method, guided_by, load_checkpoint
+from toy.sampling import METHODS, Method, guided_by, load_checkpoint, weights_file
 
 
 # ---- Attention that is replaced: the mechanisms of Table 6 -------------------------------------------------
@@ -238,6 +238,76 @@ class AutoGuidance:
         return erg.guide(v, self.weak(x, times, own), self.w)
 
 
+@dataclasses.dataclass(frozen=True)
+class Disturbed:
+    """The weak prediction is the same model's, disturbed: weak(model, x, t (B,), condition) -> v."""
+
+    w: float
+    weak: Callable
+
+    def __post_init__(self):
+        erg.check_numbers(w=self.w)
+
+    def __call__(self, model, x, t, condition=None):
+        times = torch.full((len(x),), float(t), dtype=torch.float32, device=x.device)
+        v = model(x, times, condition)
+        return v if self.w == 1 else erg.guide(v, self.weak(model, x, times, condition), self.w)
+
+
+def self_guidance(w, shift):
+    """Self-Guidance (Li et al., arXiv 2412.05827): the weak prediction is told a noisier time, t - shift."""
+    erg.check_numbers(above=0, shift=shift)
+    return Disturbed(w, lambda model, x, t, condition: model(x, (t - shift).clamp_min(0), condition))
+
+
+def tsg(w, scale):
+    """Time-step guidance* (Sadat et al., arXiv 2407.02687): noise on the embedding of the time.
+
+    Its deviation is `scale` times the embedding's own, at all t. The noise is a function of t.
+    """
+    erg.check_numbers(above=0, scale=scale)
+
+    def weak(model, x, t, condition):
+        generator = torch.Generator().manual_seed(round(1e6 * float(t[0])))
+
+        def disturb(module, args, embedding):
+            noise = torch.randn(embedding.shape, generator=generator).to(embedding)
+            return embedding + scale * embedding.std() * noise
+
+        hook = model.time.register_forward_hook(disturb)
+        try:
+            return model(x, t, condition)
+        finally:
+            hook.remove()
+    return Disturbed(w, weak)
+
+
+def s2(w, drop):
+    """S2-Guidance* (arXiv 2508.12880): `drop` blocks are skipped, others at each t, never the outermost."""
+    erg.check_numbers(whole=True, low=1, drop=drop)
+
+    def weak(model, x, t, condition):
+        inner = list(model.blocks)[1:-1]
+        if drop > len(inner):
+            raise ValueError(f"drop={drop} must be at most {len(inner)}, the number of inner blocks")
+        generator = torch.Generator().manual_seed(round(1e6 * float(t[0])))
+        chosen = torch.randperm(len(inner), generator=generator)[:drop].tolist()
+        hooks = [inner[i].register_forward_hook(lambda module, args, out: args[0]) for i in chosen]
+        try:
+            return model(x, t, condition)
+        finally:
+            for hook in hooks:
+                hook.remove()
+    return Disturbed(w, weak)
+
+
+def make_icg(model, tokens, null, w):
+    """Independent condition guidance (Sadat et al., arXiv 2407.02687): the negative is another's caption."""
+    if len(tokens) < 2:
+        raise ValueError("icg takes the captions of other samples, and there is one; sample several at once")
+    return erg.Guidance(erg.ERG(w=w), model.encoder(tokens).roll(1, 0))
+
+
 def interval(w, low, high):
     """The weight in a limited interval: w where low <= t < high, else 1, which costs no second evaluation."""
     erg.check_numbers(w=w)
@@ -263,11 +333,11 @@ def make_seg(model, tokens, null, w, layers, sigma=math.inf, cfg=1.0):
 
 @functools.cache
 def weak_model(name, device):
-    return load_checkpoint(WEIGHTS / f"{name}.pt", device)[0].requires_grad_(False)
+    return load_checkpoint(weights_file(name), device)[0].requires_grad_(False)
 
 
 def make_autoguidance(model, tokens, null, w, weak):
-    """`weak` is the name of a file under weights/, without .pt."""
+    """`weak` is the name of a checkpoint: see weights_file."""
     model = weak_model(weak, tokens.device)
     return AutoGuidance(w, model, model.encoder(tokens))
 
@@ -298,6 +368,11 @@ METHODS |= {
                   ("w", "layer"), ("sigma",)),
     "seg": Method("SEG*", "#66A61E", rival(make_seg), ("w", "layers"), ("sigma", "cfg"), nfe=3),
     "autoguidance": Method("AutoGuidance", "#3B3B6D", rival(make_autoguidance), ("w", "weak")),
+    "icg": Method("ICG", "#1B9E77", rival(make_icg), ("w",)),
+    "tsg": Method("TSG*", "#7570B3", rival(lambda *_, **p: tsg(**p)), ("w", "scale")),
+    "self-guidance": Method("Self-Guidance", "#E7298A", rival(lambda *_, **p: self_guidance(**p)),
+                            ("w", "shift")),
+    "s2": Method("S2*", "#666666", rival(lambda *_, **p: s2(**p)), ("w", "drop")),
     "mechanism": Method("mechanism", "#DDCC77", build_mechanism,
                         ("w", "mechanism", "layers", "kappa", "negative"), ("tau_i",)),
 }

@@ -1,11 +1,12 @@
-"""One cached sampling run: a checkpoint, a task, a method with its settings, a seed -> a row of metrics.
+"""One cached run: a checkpoint, a task, a method with its settings, seeds -> a row of metrics.
 
-    run = Run("digits", "text", "cfg", dict(w=1.5), seed=0, images=256, steps=16)
+    run = Run("digits", "text", "cfg", dict(w=1.5), seeds=[0, 1], images=400, steps=16)
     rows = collect([run])      # computed, or read from the cache; one process, or several under torchrun
-    rows[run]["coverage"]
+    value(rows[run], "frechet")
 
-A run's name in the cache is a hash of all that decides its numbers: settings, weights, SOURCES and torch's
-version. Its file is what `record` makes of the run and its row. One that differs is computed again.
+A metric is a list: its value, then its value without each of BLOCKS parts of the images (see statistics.py).
+Real images are as many as generated ones, held out from model and classifier, every class as often.
+A run's name in the cache is a hash of all that decides its numbers: settings, weights and SOURCES.
 """
 import ast
 import contextlib
@@ -25,20 +26,23 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from tqdm import tqdm
 
 import erg
-from experiments import rivals, variants  # noqa: F401  (their rows join toy.sampling.METHODS)
+from experiments import rivals  # noqa: F401  (its rows join toy.sampling.METHODS)
+from experiments.statistics import jackknife
 from tiny_dit import TinyDiT
 from toy import data
 from toy.files import write_whole
-from toy.metrics import (ball_radii, features_of, frechet_distance, precision_recall_density_coverage,
-                         saturation)
-from toy.sampling import WEIGHTS, choose_device, describe, generate, load_checkpoint, prepare
+from toy.metrics import distances, features_of, frechet_distance
+from toy.sampling import choose_device, describe, generate, load_checkpoint, prepare, weights_file
 
 ROOT = Path(__file__).resolve().parent.parent
 CACHE = ROOT / "out" / "cache"
 BF16 = False  # sample in bfloat16: --bf16 of the command line
+DATA = None  # the folder with mnist/ and cifar10/: --data
 SOURCES = ("erg.py", "tiny_dit.py", "toy/data.py", "toy/files.py", "toy/metrics.py",  # what a run executes
-           "toy/sampling.py", "experiments/rivals.py", "experiments/variants.py", "experiments/runs.py")
+           "toy/sampling.py", "experiments/rivals.py", "experiments/runs.py", "experiments/statistics.py")
 TASKS = ("text", "class", "unconditional")
+BLOCKS, NEIGHBOURS, ALL = 20, 3, -1  # ALL: no block is left out
+MANIFOLD = ("precision", "recall", "density", "coverage")
 
 # ---- One run -----------------------------------------------------------------------------------------------
 
@@ -47,24 +51,27 @@ TASKS = ("text", "class", "unconditional")
 class Run:
     """All that decides the numbers of a run; parameters hold numbers, strings and lists alone."""
 
-    weights: str  # a file without its .pt: a name under weights/, or a whole path
+    weights: str  # a name under weights/ or out/trainings/, without .pt
     task: str  # what the prompt holds: the caption, the class alone, or nothing
     method: str
     parameters: dict
-    seed: int
-    images: int
+    seeds: list
+    images: int  # of all seeds together
     steps: int
+    blocks: bool = True  # without each block, too, for all metrics; False: for the Frechet distance alone
 
     def __post_init__(self):
         data.check_name(TASKS, task=self.task)
         erg.check_numbers(whole=True, low=1, images=self.images, steps=self.steps)
+        if self.images % (BLOCKS * len(self.seeds)):
+            raise ValueError(f"images={self.images} must be a multiple of {BLOCKS} times {len(self.seeds)}, "
+                             "the numbers of blocks and seeds")
         prepare(self.method, **self.parameters)  # an unknown name shows now
 
     @functools.cached_property
     def key(self):
-        names = [self.weights, self.parameters.get("weak", self.weights)]  # AutoGuidance has a second model
-        state = [dataclasses.asdict(self), code_digest(), str(torch.__version__), BF16]
-        state += map(weights_digest, names)
+        names = [self.weights, self.parameters.get("weak", self.weights), dataset(self.weights)]
+        state = [dataclasses.asdict(self), code_digest(), BF16, *map(weights_digest, names)]
         return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()[:24]
 
     def __hash__(self):
@@ -82,17 +89,20 @@ def code_digest(root=ROOT):
 
 @functools.cache
 def weights_digest(name):
-    if not (WEIGHTS / f"{name}.pt").is_file():
-        data.check_name(sorted(file.stem for file in WEIGHTS.glob("*.pt")), weights=name)
-    return hashlib.sha256((WEIGHTS / f"{name}.pt").read_bytes()).hexdigest()
+    return hashlib.sha256(weights_file(name).read_bytes()).hexdigest()
+
+
+def dataset(name):
+    """The image set of a checkpoint: "mnist" of "mnist-full-0"."""
+    return name.split("-")[0]
 
 
 @functools.cache
 def checkpoint(name, device="cpu"):
-    """(model, classifier, reference features) of a shipped checkpoint on `device`; mps lacks float64."""
-    model, classifier, reference, _ = load_checkpoint(WEIGHTS / f"{name}.pt", device)
+    """(model, classifier) of a checkpoint on `device`; mps lacks the classifier's pooling and float64."""
+    model, classifier, *_ = load_checkpoint(weights_file(name), device)
     exact = "cpu" if torch.device(device).type == "mps" else device
-    return model.requires_grad_(False), classifier.to(exact).requires_grad_(False), reference.to(exact)
+    return model.requires_grad_(False), classifier.to(exact).requires_grad_(False)
 
 
 def attribute_words(model):
@@ -134,20 +144,80 @@ def small_batch(name, n, seed, device="cpu"):
 
 
 def sample_run(run, device="cpu"):
-    """The pictures of a run (n, C, S, S), and the attributes (n, A) of its prompts."""
-    model, *_ = checkpoint(run.weights, device)
-    prompts, attributes = draw_prompts(attribute_words(model), run.task, run.images, run.seed)
-    prepared = prepare(run.method, **run.parameters)
-    kind = torch.device(device).type
+    """The pictures of a run (n, C, S, S), and the attributes (n, A) of its prompts: seed after seed."""
+    model, _ = checkpoint(run.weights, device)
+    words, kind = attribute_words(model), torch.device(device).type
+    prepared, n = prepare(run.method, **run.parameters), run.images // len(run.seeds)
+    drawn = [draw_prompts(words, run.task, n, seed) for seed in run.seeds]
     with torch.autocast(kind, torch.bfloat16, enabled=BF16):
-        x = generate(model, prompts, prepared, run.steps, run.seed, 2000 if kind == "cuda" else 64)
-    return x, attributes
+        x = [generate(model, prompts, prepared, run.steps, seed, 2000 if kind == "cuda" else 64)
+             for seed, (prompts, _) in zip(run.seeds, drawn)]
+    return torch.cat(x), torch.cat([attributes for _, attributes in drawn])
+
+
+# ---- Real images, and metrics with their blocks ------------------------------------------------------------
+
+
+@functools.cache
+def real_features(name, n, which="reference", device="cpu"):
+    """Features (n, F) and block numbers (n,) of real images, by the shipped classifier of an image set.
+
+    "reference" is the first n of the test split, every class as often. "again" is another n: of the test
+    split where it has so many, else of the training split. Handwriting that is too little is coloured anew.
+    """
+    source = data.load(name, DATA and Path(DATA) / name, "test")
+    start = 0 if which == "reference" else n
+    if start + n > len(source) and which == "again":
+        source, start = data.load(name, DATA and Path(DATA) / name, "train"), 0
+    generator = torch.Generator().manual_seed(len(which))
+    order = torch.randperm(len(source), generator=torch.Generator().manual_seed(0))
+    one_hot = torch.nn.functional.one_hot(source.labels[order])
+    number = (one_hot.cumsum(0) * one_hot).sum(1)  # of an image among those of its class
+    order = order[number.argsort(stable=True)]
+    rows = order.repeat(-(-(start + n) // len(order)))[start:start + n]
+    x, _ = source.draw(rows, generator)
+    return features_of(checkpoint(name, device)[1], x).double().to(device), (rows % BLOCKS).to(device)
+
+
+@functools.cache
+def reference_radii(name, n, device):
+    """Distances to the k-th neighbour among real images: {ALL, or the block that is left out: (n',)}."""
+    real, block = real_features(name, n, "reference", device)
+    between = distances(real, real)
+    keep = {b: block != b for b in (ALL, *range(BLOCKS))}
+    return {b: between[rows][:, rows].kthvalue(NEIGHBOURS + 1).values for b, rows in keep.items()}
+
+
+def measure(fake, block, name, blocks=True):
+    """{metric: [value, value without block 0, ...]} of features (n, F) against as many real images."""
+    n, device = len(fake), fake.device
+    real, real_block = real_features(name, n, "reference", device)
+    parts = {b: (real_block != b, block != b) for b in (ALL, *range(BLOCKS))}
+    row = {"frechet": [frechet_distance(real[r], fake[f]) for r, f in parts.values()]}
+    radii, between, own = reference_radii(name, n, device), distances(real, fake), distances(fake, fake)
+    for b, (r, f) in list(parts.items())[:None if blocks else 1]:
+        distance, radius = between[r][:, f], own[f][:, f].kthvalue(NEIGHBOURS + 1).values
+        inside = distance < radii[b][:, None]  # a generated image lies in the ball of a real one
+        balls = inside.double().sum(0) / NEIGHBOURS
+        found = (inside.any(0), (distance < radius).any(1), balls, inside.any(1))
+        for metric, y in zip(MANIFOLD, found):
+            row.setdefault(metric, []).append(y.double().mean().item())
+    return row
+
+
+def measure_real(name, n, device="cpu"):
+    """The row of other real images: what no method can be expected to beat."""
+    return measure(*real_features(name, n, "again", device), name)
+
+
+def value(row, metric):
+    """A metric of a row; the Frechet distance is extrapolated to infinitely many images."""
+    return jackknife(row[metric][0], row[metric][1:])[0] if metric == "frechet" else row[metric][0]
 
 
 def compute(run, device="cpu"):
-    """Sample and measure: a row of numbers, evaluations a step and image (nfe) and seconds among them."""
-    began, evaluations = time.perf_counter(), []
-    model, classifier, reference = checkpoint(run.weights, device)
+    """Sample and measure: a row of metrics, evaluations a step and image (nfe), and seconds."""
+    began, evaluations, name = time.perf_counter(), [], dataset(run.weights)
 
     def count(module, args):
         if isinstance(module, TinyDiT):
@@ -158,33 +228,19 @@ def compute(run, device="cpu"):
         x, attributes = sample_run(run, device)
     finally:
         counter.remove()
-    with torch.no_grad():
-        features = features_of(classifier, x).to(reference.device)
-        outputs = classifier.heads(features).split(classifier.classes, dim=1)
-    radius = reference_radii(run.weights, device)
-    row = {"frechet": frechet_distance(reference, features),
-           **precision_recall_density_coverage(reference, features, real_radius=radius),
-           "saturation": saturation(x), "nfe": sum(evaluations) / (run.images * run.steps)}
+    classifier = checkpoint(name, device)[1]  # one judge for all trainings of an image set
+    exact = next(classifier.parameters()).device
+    features = features_of(classifier, x).to(exact)
+    block = torch.arange(len(x), device=exact) % BLOCKS
+    row = measure(features.double(), block, name, run.blocks)
+    outputs = classifier.heads(features).split(classifier.classes, dim=1)
     right = torch.stack([y.argmax(1).cpu() for y in outputs], dim=1) == attributes  # (n, A)
-    if run.task == "text":
-        row.update(zip(attribute_words(model), right.double().mean(0).tolist()))
-        row["prompt"] = right.all(1).double().mean().item()
-    elif run.task == "class":
-        row["prompt"] = right[:, 0].double().mean().item()
-    return dict(row, seconds=time.perf_counter() - began)
-
-
-@functools.cache
-def reference_radii(name, device):
-    return ball_radii(checkpoint(name, device)[2], 5)
-
-
-def measure_real(name, seed, images):
-    """Metrics of real images in place of samples: `images` of the reference against the rest of it."""
-    _, _, reference = checkpoint(name)
-    order = torch.randperm(len(reference), generator=torch.Generator().manual_seed(seed))
-    part, rest = reference[order[:images]], reference[order[images:]]
-    return {"frechet": frechet_distance(rest, part), **precision_recall_density_coverage(rest, part)}
+    if run.task != "unconditional":
+        right = right.all(1) if run.task == "text" else right[:, 0]
+        row["prompt"] = [right.double().mean().item(),
+                         *(right[block.cpu() != b].double().mean().item() for b in range(BLOCKS))]
+        row["right"] = "".join("01"[y] for y in right.tolist())
+    return dict(row, nfe=sum(evaluations) / (run.images * run.steps), seconds=time.perf_counter() - began)
 
 
 # ---- Many runs: cached, in one or several processes --------------------------------------------------------
@@ -192,8 +248,9 @@ def measure_real(name, seed, images):
 
 def record(run, row):
     """A file of the cache: settings, row, and a digest of both; ValueError if a number is not finite."""
-    digest = hashlib.sha256(f"{run.key} {json.dumps(row, allow_nan=False)}".encode()).hexdigest()
-    return json.dumps(dict(dataclasses.asdict(run), row=row, digest=digest))
+    numbers = json.dumps(row, allow_nan=False, sort_keys=True)
+    digest = hashlib.sha256(f"{run.key} {numbers}".encode()).hexdigest()
+    return json.dumps(dict(dataclasses.asdict(run), row=row, digest=digest), sort_keys=True)
 
 
 def read(run, cache):
@@ -222,7 +279,7 @@ def collect(runs, cache=CACHE, device=None, title="runs"):
     if world > 1:
         dist.broadcast_object_list(missing)  # the first process has looked for all
     hardware = f"{world} process{'es' if world > 1 else ''} with {describe(device)}"
-    for i in tqdm(missing[0][rank::world], desc=title, unit="run", disable=rank > 0):
+    for i in tqdm(missing[0][rank::world], desc=title, unit="run", disable=rank > 0, mininterval=5):
         run = runs[i]
         try:
             text = record(run, dict(compute(run, device), hardware=hardware, torch=str(torch.__version__)))
@@ -245,6 +302,5 @@ def start_processes(device):
     if world > 1 and not dist.is_initialized():
         if device.type == "cuda":
             torch.cuda.set_device(device)
-        else:
-            torch.set_num_threads(max(1, (os.cpu_count() or 1) // world))
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // world))
         dist.init_process_group("gloo", timeout=timedelta(hours=12))

@@ -23,6 +23,7 @@ from toy import data, files
 from toy.metrics import AttributeClassifier
 
 WEIGHTS = Path(__file__).resolve().parent.parent / "weights"
+TRAININGS = WEIGHTS.parent / "out" / "trainings"  # more of them: python -m experiments.evidence trainings
 
 GUIDANCE = {
     "digits": dict(w=1.5, tau_i=0.01, tau_c=0.01, kappa=0.2, layers=range(1, 2)),
@@ -54,6 +55,13 @@ def describe(device):
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{torch.get_num_threads()} threads, {platform.processor() or platform.machine()}"
+
+
+def weights_file(name):
+    """The file of a checkpoint's name: under weights/, or out/trainings/."""
+    files = {file.stem: file for folder in (TRAININGS, WEIGHTS) for file in folder.glob("*.pt")}
+    data.check_name(sorted(files), weights=name)
+    return files[name]
 
 
 def half(state):
