@@ -144,7 +144,7 @@ def methods(o):
 
     names, calls = [], []
     for name, more in dict(cfg={}, none=None, erg=recommended("erg", "mnist"), pag=dict(layers=layers),
-                           seg=dict(layers=layers), sag=dict(layer=2)).items():
+                           seg=dict(layers=layers)).items():
         chosen = {} if more is None else {**more, "w": 2.0}
         condition, guided = prepare(name, **chosen)(o.mnist, tokens, tokens, 0)
         names.append(METHODS[name].label)

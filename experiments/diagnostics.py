@@ -1,11 +1,9 @@
-"""What ERG looks at, measured on any model: figures 5, 6 and 7, and layers and kappa without a search.
+"""What ERG looks at, measured on any model: figures 5, 6 and 7, and layers without a search.
 
     for layer in attention_certainty(model, x, t, condition): print(layer)         # figure 7
     difference_norms(model, noise, condition, settings, negative)                  # figure 6
     velocity_variances(model, noise, condition, null, weak)                        # figure 5
     layers = fading_layers(layer_effects(model, noise, condition))                 # our rule for the layers
-    layers = middle_regime(attention_certainty(model, x, t, condition))            # B.4's rule
-    kappa = parallel_end(*difference_norms(model, noise, condition, erg.ERG(w=1.5), null))   # B.2's rule
 
 All of it runs through erg.py's rectifier, so it works wherever that does.
 Shapes: B batch, H heads, S queries, N keys, D head dimension.
@@ -102,26 +100,7 @@ def velocity_variances(model, noise, condition, null, weak):
             "conditional null": (v - v_null).var(0), "conditional weak": (v - v_weak).var(0)}
 
 
-# ---- Layers and kappa without a search ---------------------------------------------------------------------
-
-
-def middle_regime(layers, share=0.05):
-    """B.4's rule: the longest run of layers that are less than half as often certain as the most certain one.
-
-    `layers` as `attention_certainty` returns them. None if no layer is certain in more than `share` of its
-    rows: then there are no regimes to tell apart.
-    """
-    most = max(layer.certain for layer in layers)
-    if most <= share:
-        return None
-    best, start = range(0), None
-    for i, layer in enumerate([*layers, None]):
-        low = layer is not None and layer.certain < most / 2
-        if low and start is None:
-            start = i
-        elif not low and start is not None:
-            best, start = max(best, range(start, i), key=len), None
-    return best or None
+# ---- Layers without a search -------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -170,26 +149,11 @@ def fading_layers(effects):
     """Our rule: of the ranges whose effect is no larger late than early, the one of the largest early effect.
 
     Guidance then acts while the picture is still open, and lets go when only its details are left. Where the
-    effect of every range grows, the one that grows least. The rule ranked 2nd and 6th of 36 ranges, but 8th
-    and 32nd on two checkpoints that it had not seen (experiments/README.md). Try it; don't trust it.
+    effect of every range grows, the one that grows least. In an earlier, small measurement it ranked 2nd and
+    6th of 36 ranges, but 8th and 32nd on two checkpoints that it had not seen. Try it; don't trust it.
     """
     if not effects:
         raise ValueError("effects is empty; layer_effects makes them")
     fading = [e for e in effects if e.late <= e.early]
     best = max(fading, key=lambda e: e.early) if fading else min(effects, key=lambda e: e.late / e.early)
     return best.layers
-
-
-def parallel_end(t, parallel, orthogonal, share=0.1):
-    """B.2's rule for kappa: the first t where the parallel part of CFG's difference is below `share` of its
-    peak, while the orthogonal part is not below that share of its own. None if there is no such t.
-
-    All (steps,), as `difference_norms` returns them.
-    """
-    if not 0 < share < 1:
-        raise ValueError(f"share={share!r} must lie between 0 and 1")
-    top, peak = int(parallel.argmax()), orthogonal.max()
-    for i in range(top, len(t)):
-        if parallel[i] < share * parallel[top] and orthogonal[i] >= share * peak:
-            return t[i].item()
-    return None

@@ -26,8 +26,9 @@ from experiments.runs import Run, value
 from experiments.statistics import half_width, jackknife
 from toy import data
 from toy.command import Parser, place, run
+from toy.data import reading
 from toy.drawing import colour
-from toy.files import write_whole
+from toy.files import writable, write_whole
 from toy.sampling import TRAININGS, WEIGHTS, choose_device, weights_file
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -42,7 +43,7 @@ METRICS = ("frechet", *runs.MANIFOLD, "prompt")
 class Scale:
     """How much is sampled."""
 
-    images: dict  # of a reported row, by image set
+    images: int  # of a reported row
     search: int  # of a row that chooses w,
     variants: int  # and of one that chooses layers, or another second parameter, at w = probe
     steps: int
@@ -50,10 +51,14 @@ class Scale:
     probe: float = 1.25
     seeds: tuple = (0, 1, 2, 3)
     search_seeds: tuple = (1000, 1001)
+    more: tuple = (None, 0)  # a checkpoint and task with more images
+
+    def images_of(self, study):
+        return self.more[1] if study[2:] + study[1:2] == self.more[0] else self.images
 
 
-FULL = Scale(dict(digits=2000, mnist=4000, cifar10=2000), 640, 480, 16)
-QUICK = Scale(dict(digits=160, mnist=160, cifar10=160), 80, 80, 4, (1.25, 2.0), seeds=(0, 1))
+FULL = Scale(2000, 640, 480, 16, more=(("mnist", "text"), 4000))
+QUICK = Scale(160, 80, 80, 4, (1.25, 2.0), seeds=(0, 1))
 
 # ---- What is compared --------------------------------------------------------------------------------------
 
@@ -95,12 +100,12 @@ def rows_of(task, name, mild):
     none, cfg, same = Row("none"), Row("cfg"), Row("i-erg", SAME, layers)
     erg = Row("erg", dict(TEMPERED, tau_c=0.01), layers)
     if task == "unconditional":
-        beside = {} if photographs else {"PAG*": pag, "SEG*": seg, **auto}
+        beside = {} if photographs else {"PAG*": pag, "SEG*": seg}
         return {"no guidance": none, **beside, "I-ERG": same}
     if task == "class":
         return {"no guidance": none, "CFG": cfg, "PAG*": pag, "SEG*": seg, "I-ERG": same,
                 "I-ERG, null prompt": Row("i-erg", dict(TEMPERED, negative="null"), layers)}
-    rows = {"no guidance": none, "CFG": cfg, **auto, "C-ERG": Row("c-erg", dict(tau_c=0.01)), "I-ERG": same,
+    rows = {"no guidance": none, "CFG": cfg, "C-ERG": Row("c-erg", dict(tau_c=0.01)), "I-ERG": same,
             "ERG": erg}
     if mild:
         own = dict(tau_c=mild["tau_c"])
@@ -109,7 +114,7 @@ def rows_of(task, name, mild):
         tries = lambda name, *values: tuple({name: y} for y in values)
         rows |= {"ICG": Row("icg"), "TSG*": Row("tsg", variants=tries("scale", 0.5, 1.0, 2.0)),
                  "Self-Guidance": Row("self-guidance", variants=tries("shift", 0.05, 0.1, 0.2)),
-                 "S2*": Row("s2", variants=tries("drop", 1, 2)), "PAG*": pag, "SEG*": seg,
+                 "S2*": Row("s2", variants=tries("drop", 1, 2)), "PAG*": pag, "SEG*": seg, **auto,
                  "C-ERG, tau_c = 0.3": Row("c-erg", dict(tau_c=0.3))}
     if task == "text" and not photographs:
         place = dict(kappa=0.2, negative="same")
@@ -219,12 +224,14 @@ def report(studies, plans, chosen, scale, collect):
             variant, w, _ = chosen[s][label]
             parameters = row.fixed | variant | ({} if row.method == "none" else dict(w=w))
             wanted[s, label] = Run(s[2], prompt_of(s[1]), row.method, parameters, list(scale.seeds),
-                                   scale.images[s[0]], scale.steps)
+                                   scale.images_of(s), scale.steps)
     rows, result = collect(list(wanted.values()), "report"), []
     for s in studies:
         found = {}
         for label in plans[s]:
             run, (_, w, search) = wanted[s, label], chosen[s][label]
+            if run not in rows:
+                continue
             row = {m: y for m, y in rows[run].items() if m in (*METRICS, "right", "nfe", "seconds")}
             least = min((point[1] for point in search), default=None)
             found[label] = dict(method=run.method, parameters=run.parameters, search=search,
@@ -272,10 +279,11 @@ def table(studies, real):
 
 
 def markdown(record):
-    lines = ["# Evidence", "", f"`{record['command']}`: {record['minutes']:.0f} minutes of sampling in all, "
-             f"{record['hardware']}, torch {record['torch']}.", "",
+    lines = ["# Evidence", "", f"`{record['command']}`, {record['minutes']:.0f} process minutes in all: "
+             f"{record['hardware']}; torch {record['torch']}.", "",
              "The rules and the verdicts are in [CLAIMS.md](../CLAIMS.md); all tables here are exploratory. "
-             f"{record['images']} images a row, {record['steps']} Euler steps, ± half of the 95 % interval. "
+             f"{record['images']:,} images a row ({FULL.more[1]:,} of {' with '.join(FULL.more[0])}), "
+             f"{record['steps']} Euler steps, ± half of the 95 % interval. "
              "The Frechet distance is extrapolated to infinitely many images. "
              "The last row holds other real images against the same reference.", "",
              "![Frontiers](frontiers.png)", ""]
@@ -381,6 +389,7 @@ def arguments():
     parser = Parser(__doc__)
     add = parser.add_argument
     add("step", nargs="?", default="sample", choices=("sample", "trainings", "page"), help="to do (sample)")
+    add("--finished", action="store_true", help="report what is in the cache, and sample nothing for it")
     add("--quick", action="store_true", help="the shipped digits, few images: a try of it all, not a result")
     add("--sets", nargs="+", choices=data.NAMES, default=list(data.NAMES), help="image sets (all)")
     add("--data", type=place, help="folder with mnist/ and cifar10/, downloaded when missing (data)")
@@ -391,12 +400,15 @@ def arguments():
     return parser
 
 
-def main(step, quick, sets, data, out, cache, device, bf16):
+def main(step, finished, quick, sets, data, out, cache, device, bf16):
     out = Path(out or (runs.ROOT / "out" / "quick" if quick else RESULTS)).resolve()
     if step == "page":
-        return write(out, json.loads((out / "evidence.json").read_text()))
+        with reading(out / "evidence.json", "make it with `python -m experiments.evidence`"):
+            record = json.loads((out / "evidence.json").read_text())
+        return write(out, record)
     if step == "trainings":
         return train_more(sets, data, device)
+    writable(Path(cache) / "row", *(out / name for name in ("evidence.json", "evidence.md", "frontiers.png")))
     if "LOCAL_RANK" in os.environ and torch.cuda.device_count():  # several processes may share a GPU
         os.environ["LOCAL_RANK"] = str(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
     scale, chosen_device = QUICK if quick else FULL, choose_device(device)
@@ -407,6 +419,8 @@ def main(step, quick, sets, data, out, cache, device, bf16):
     used = {}
 
     def collect(wanted, title):
+        if finished and title == "report":
+            wanted = [run for run in wanted if runs.read(run, Path(cache))]
         rows = runs.collect(wanted, cache, chosen_device, title)
         used.update(rows)
         return rows
@@ -417,7 +431,7 @@ def main(step, quick, sets, data, out, cache, device, bf16):
     plans = {s: rows_of(s[1], s[2], mild) for s in studies}
     result = report(studies, plans, choose(studies, plans, scale, collect), scale, collect)
     names = {name for name, *_ in studies}
-    real = {name: runs.measure_real(name, scale.images[name], chosen_device) for name in names}
+    real = {name: runs.measure_real(name, scale.images, chosen_device) for name in names}
     if not dist.is_initialized() or dist.get_rank() == 0:
         world = int(os.environ.get("WORLD_SIZE", 1))
         launcher = "python" if world == 1 else f"torchrun --standalone --nproc_per_node {world}"

@@ -1,10 +1,9 @@
 """The methods that the paper compares ERG with, each a few lines on top of erg.py; w = 1 is off for all.
 
-    erg.ERG(w=interval(2.0, 0.2, 0.8))                   # CFG in an interval (Kynkaanniemi et al., 2024)
     guidance = pag(w=1.5, layers=[3, 4])                 # PAG* (Ahn et al., 2024)
-    guidance = seg(w=1.5, layers=[3, 4], side=7)         # SEG* (Hong, 2024); cfg=2.0, null=...: with CFG
-    guidance = SAG(w=1.2, layer=3, side=7)               # SAG* (Hong et al., 2023)
-    guidance = AutoGuidance(w=1.5, weak=early_model, condition=early_model.encode(prompts))
+    guidance = seg(w=1.5, layers=[3, 4], side=7)         # SEG* (Hong, 2024)
+    guidance = self_guidance(w=1.5, shift=0.1)           # and tsg, s2: the model itself, disturbed
+    guidance = autoguidance(w=1.5, weak=early_model, condition=early_model.encode(prompts))
     x = x + guidance(model, x, t, condition) / steps     # as erg.Guidance
 
 Importing this adds a row for each to toy.sampling.METHODS, at the end of this file.
@@ -25,7 +24,7 @@ import torch.nn.functional as F
 
 import erg
 from toy import data
-from toy.sampling import METHODS, Method, guided_by, load_checkpoint, weights_file
+from toy.sampling import METHODS, Method, load_checkpoint, weights_file
 
 
 # ---- Attention that is replaced: the mechanisms of Table 6 -------------------------------------------------
@@ -101,8 +100,7 @@ class SmoothedAttention:
 class Rewired:
     """v = w v_pos + (1 - w) v_weak, v_weak from the same model with `attention` in `layers` where t > kappa.
 
-    `negative` is the condition of v_weak; None is the positive's. With `cfg` other than 1, CFG is added:
-    v + (cfg - 1) (v_pos - v_null), v_null with ordinary attention under the condition `null`, for 3 NFE.
+    `negative` is the condition of v_weak; None is the positive's.
     """
 
     w: float
@@ -111,34 +109,24 @@ class Rewired:
     queries: slice | None = None
     kappa: float = -1.0  # at all t
     negative: object = None
-    cfg: float = 1.0
-    null: object = None
 
     def __post_init__(self):
-        erg.check_numbers(w=self.w, cfg=self.cfg)
+        erg.check_numbers(w=self.w)
         if not -1 <= self.kappa < 1:
             raise ValueError(f"kappa={self.kappa!r} must be at least 0 and less than 1, or -1 for all t")
-        if (self.cfg == 1) != (self.null is None):
-            raise ValueError(f"cfg={self.cfg!r} and null go together: CFG needs the null prompt's condition, "
-                             "which has no effect without it")
 
     def __call__(self, model, x, t, condition=None):
         rectified = t > self.kappa + 1e-6 and self.w != 1
         parts = [condition]
         if self.w != 1 and (rectified or self.negative is not None):
             parts.append(condition if self.negative is None else self.negative)
-        if self.cfg != 1:
-            parts.append(self.null)
         B, context = len(x), contextlib.nullcontext()
         if rectified:
             context = erg.rectify(model, attention=self.attention, layers=self.layers, queries=self.queries,
                                   rows=slice(B, 2 * B), batch=len(parts) * B)
         with context:
             v = evaluate_together(model, x, t, parts)
-        guided = v[0]
-        if self.w != 1 and len(v) > (self.cfg != 1) + 1:
-            guided = guided + (self.w - 1) * (v[0] - v[1])
-        return guided if self.cfg == 1 else guided + (self.cfg - 1) * (v[0] - v[-1])
+        return v[0] if len(v) == 1 else erg.guide(*v, self.w)
 
 
 def evaluate_together(model, x, t, conditions):
@@ -162,85 +150,12 @@ def seg(w, layers, side, sigma=math.inf, **options):
     return Rewired(w, SmoothedAttention(sigma, side), layers, **options)
 
 
-# ---- Guidance by a blurred input, by another model, and by an interval -------------------------------------
+# ---- Guidance by the model itself, disturbed, by another model, and by another caption ---------------------
 
 
 @dataclasses.dataclass(frozen=True)
-class SAG:
-    """Self-attention guidance*: blur what the model attends to, and contrast with the prediction there.
-
-    A token is attended to if it gets more than `threshold` times the image tokens' mean attention in `layer`.
-    The predicted image is blurred there with `sigma` (pixels) and noised again with the predicted noise. The
-    noise predicted from that is the weak one, as in the official code. In velocities, which are affine in
-    noise at the given x, v_weak = model(x_bar, t, condition) + (image - blurred image).
-    """
-
-    w: float
-    layer: int
-    side: int
-    sigma: float = 1.0
-    threshold: float = 1.0
-
-    def __post_init__(self):
-        erg.check_numbers(w=self.w)
-        erg.check_numbers(above=0, sigma=self.sigma, threshold=self.threshold)
-        erg.check_numbers(whole=True, low=2, side=self.side)
-
-    def __call__(self, model, x, t, condition=None):
-        if x.shape[-1] % self.side or x.shape[-2] != x.shape[-1]:
-            raise ValueError(f"side={self.side} does not divide images of {x.shape[-2]} x {x.shape[-1]} "
-                             "pixels into square tokens")
-        times = torch.full((len(x),), float(t), dtype=torch.float32, device=x.device)
-        if self.w == 1:
-            return model(x, times, condition)
-        received = []
-
-        def watch(q, k, v, **options):
-            received.append(attention_received(q, k, self.side**2, options.get("scale")))
-            return F.scaled_dot_product_attention(q, k, v, **options)
-
-        with erg.rectify(model, attention=watch, layers=[self.layer]):
-            v = model(x, times, condition)
-        mask = (received[0] > self.threshold).to(x).view(-1, 1, self.side, self.side)  # (B, 1, side, side)
-        mask = F.interpolate(mask, size=x.shape[-2:], mode="nearest")
-        image = x + (1 - t) * v
-        lost = mask * (image - gaussian_blur(image, self.sigma))
-        v_weak = model(x - t * lost, times, condition) + lost
-        return erg.guide(v, v_weak, self.w)
-
-
-def attention_received(q, k, n, scale=None):
-    """Attention that each of the first n tokens gets from them, averaged over heads: (B, n), with mean 1."""
-    if k.shape[-2] < n:
-        raise ValueError(f"side={math.isqrt(n)} needs {n} image tokens; there are {k.shape[-2]}")
-    scale = q.shape[-1]**-0.5 if scale is None else scale
-    p = (scale * q[..., :n, :] @ k[..., :n, :].mT).softmax(-1)  # (B, H, n, n)
-    return p.mean(1).sum(-2)
-
-
-@dataclasses.dataclass(frozen=True)
-class AutoGuidance:
-    """The weak prediction is a weaker model's, under its own encoding of the same prompt."""
-
-    w: float
-    weak: Callable
-    condition: object = None  # None: the strong model's
-
-    def __post_init__(self):
-        erg.check_numbers(w=self.w)
-
-    def __call__(self, model, x, t, condition=None):
-        times = torch.full((len(x),), float(t), dtype=torch.float32, device=x.device)
-        v = model(x, times, condition)
-        if self.w == 1:
-            return v
-        own = condition if self.condition is None else self.condition
-        return erg.guide(v, self.weak(x, times, own), self.w)
-
-
-@dataclasses.dataclass(frozen=True)
-class Disturbed:
-    """The weak prediction is the same model's, disturbed: weak(model, x, t (B,), condition) -> v."""
+class Contrast:
+    """v = w v_pos + (1 - w) v_weak, with any weak(model, x, t (B,), condition) -> v_weak."""
 
     w: float
     weak: Callable
@@ -254,10 +169,15 @@ class Disturbed:
         return v if self.w == 1 else erg.guide(v, self.weak(model, x, times, condition), self.w)
 
 
+def autoguidance(w, weak, condition=None):
+    """AutoGuidance: the weak prediction is a weaker model's, under its own condition, if that is given."""
+    return Contrast(w, lambda model, x, t, own: weak(x, t, own if condition is None else condition))
+
+
 def self_guidance(w, shift):
     """Self-Guidance (Li et al., arXiv 2412.05827): the weak prediction is told a noisier time, t - shift."""
     erg.check_numbers(above=0, shift=shift)
-    return Disturbed(w, lambda model, x, t, condition: model(x, (t - shift).clamp_min(0), condition))
+    return Contrast(w, lambda model, x, t, condition: model(x, (t - shift).clamp_min(0), condition))
 
 
 def tsg(w, scale):
@@ -279,7 +199,7 @@ def tsg(w, scale):
             return model(x, t, condition)
         finally:
             hook.remove()
-    return Disturbed(w, weak)
+    return Contrast(w, weak)
 
 
 def s2(w, drop):
@@ -298,7 +218,7 @@ def s2(w, drop):
         finally:
             for hook in hooks:
                 hook.remove()
-    return Disturbed(w, weak)
+    return Contrast(w, weak)
 
 
 def make_icg(model, tokens, null, w):
@@ -306,14 +226,6 @@ def make_icg(model, tokens, null, w):
     if len(tokens) < 2:
         raise ValueError("icg takes the captions of other samples, and there is one; sample several at once")
     return erg.Guidance(erg.ERG(w=w), model.encoder(tokens).roll(1, 0))
-
-
-def interval(w, low, high):
-    """The weight in a limited interval: w where low <= t < high, else 1, which costs no second evaluation."""
-    erg.check_numbers(w=w)
-    if not 0 <= low < high <= 1:
-        raise ValueError(f"low={low!r}, high={high!r} must satisfy 0 <= low < high <= 1")
-    return lambda t: w if low <= t < high else 1.0
 
 
 # ---- Their rows in the table of methods --------------------------------------------------------------------
@@ -326,9 +238,8 @@ def rival(make):
     return build
 
 
-def make_seg(model, tokens, null, w, layers, sigma=math.inf, cfg=1.0):
-    empty = model.encoder(null) if cfg != 1 else None
-    return seg(w, layers, model.side, float(sigma), cfg=cfg, null=empty)  # float reads the "inf" of a record
+def make_seg(model, tokens, null, w, layers, sigma=math.inf):
+    return seg(w, layers, model.side, float(sigma))  # float reads the "inf" of a record
 
 
 @functools.cache
@@ -339,7 +250,7 @@ def weak_model(name, device):
 def make_autoguidance(model, tokens, null, w, weak):
     """`weak` is the name of a checkpoint: see weights_file."""
     model = weak_model(weak, tokens.device)
-    return AutoGuidance(w, model, model.encoder(tokens))
+    return autoguidance(w, model, model.encoder(tokens))
 
 
 def make_mechanism(model, tokens, null, w, mechanism, layers, kappa, negative, tau_i=None):
@@ -360,13 +271,9 @@ def build_mechanism(**p):
 
 
 METHODS |= {
-    "interval": Method("CFG, interval", "#56B4E9", lambda **p: guided_by(erg.ERG(w=interval(**p))),
-                       ("w", "low", "high")),
     "pag": Method("PAG*", "#B79F00", rival(lambda model, *_, **p: pag(**p, queries=slice(0, model.side**2))),
                   ("w", "layers")),
-    "sag": Method("SAG*", "#A65628", rival(lambda model, *_, **p: SAG(**p, side=model.side)),
-                  ("w", "layer"), ("sigma",)),
-    "seg": Method("SEG*", "#66A61E", rival(make_seg), ("w", "layers"), ("sigma", "cfg"), nfe=3),
+    "seg": Method("SEG*", "#66A61E", rival(make_seg), ("w", "layers"), ("sigma",)),
     "autoguidance": Method("AutoGuidance", "#3B3B6D", rival(make_autoguidance), ("w", "weak")),
     "icg": Method("ICG", "#1B9E77", rival(make_icg), ("w",)),
     "tsg": Method("TSG*", "#7570B3", rival(lambda *_, **p: tsg(**p)), ("w", "scale")),

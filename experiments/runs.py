@@ -36,7 +36,7 @@ from toy.sampling import choose_device, describe, generate, load_checkpoint, pre
 
 ROOT = Path(__file__).resolve().parent.parent
 CACHE = ROOT / "out" / "cache"
-BF16 = False  # sample in bfloat16: --bf16 of the command line
+BF16 = False  # sample in bfloat16: --bf16 of the command line; a row says so, and its name does not
 DATA = None  # the folder with mnist/ and cifar10/: --data
 SOURCES = ("erg.py", "tiny_dit.py", "toy/data.py", "toy/files.py", "toy/metrics.py",  # what a run executes
            "toy/sampling.py", "experiments/rivals.py", "experiments/runs.py", "experiments/statistics.py")
@@ -71,7 +71,7 @@ class Run:
     @functools.cached_property
     def key(self):
         names = [self.weights, self.parameters.get("weak", self.weights), dataset(self.weights)]
-        state = [dataclasses.asdict(self), code_digest(), BF16, *map(weights_digest, names)]
+        state = [dataclasses.asdict(self), code_digest(), *map(weights_digest, names)]
         return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()[:24]
 
     def __hash__(self):
@@ -278,7 +278,7 @@ def collect(runs, cache=CACHE, device=None, title="runs"):
     missing = [[i for i, run in enumerate(runs) if read(run, cache) is None] if rank == 0 else None]
     if world > 1:
         dist.broadcast_object_list(missing)  # the first process has looked for all
-    hardware = f"{world} process{'es' if world > 1 else ''} with {describe(device)}"
+    hardware = f"{world} process{'es' * (world > 1)} with {describe(device)}{', bfloat16' * BF16}"
     for i in tqdm(missing[0][rank::world], desc=title, unit="run", disable=rank > 0, mininterval=5):
         run = runs[i]
         try:

@@ -47,6 +47,19 @@ def half_width(error, dof):
     return t_quantile(0.975, dof) * error
 
 
+def difference(a, b, comparisons=1):
+    """(mean, half width of the 95 % interval) of a - b, lists of independent numbers, paired by place.
+
+    With several `comparisons` the interval is Bonferroni's, which covers all of them together.
+    """
+    values = [float(x - y) for x, y in zip(a, b, strict=True)]
+    n, mean = len(values), sum(values) / max(1, len(values))
+    if n < 2 or not all(map(math.isfinite, values)):
+        raise ValueError(f"a={a!r}, b={b!r} must be finite numbers, at least 2 pairs")
+    variance = sum((v - mean)**2 for v in values) / (n - 1)
+    return mean, t_quantile(1 - 0.025 / comparisons, n - 1) * math.sqrt(variance / n)
+
+
 def two_sided(mean, error, dof):
     """p of the hypothesis that the mean is 0."""
     if error == 0:

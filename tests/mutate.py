@@ -39,17 +39,16 @@ TARGETS = [  # file, functions (a class stands for its methods), tests: the quic
      "test_tiny_dit.py test_guidance.py 'test_sample_toy.py::test_shipped_weights_draw_what_the_prompt_says[digits]'"),
     ("train_toy.py", "caption_tables draw_batch learning_rate Loss Training fit_iterations", "test_train_toy.py -k "
      "'learning_rate or batches or speed or adams or ema or bites or whole or resume or two_processes'"),
-    ("toy/metrics.py", "frechet_distance distances ball_radii precision_recall_density_coverage saturation mean_ranks "
+    ("toy/metrics.py", "frechet_distance distances ball_radii precision_recall_density_coverage "
      "AttributeClassifier.accuracy shift_and_flip", "test_metrics.py"),
     ("toy/sampling.py", "CADS guided_by generate", "test_sample_toy.py -k 'not mnist and not cifar10'"),
-    ("experiments/rivals.py", "identity_attention gaussian_kernel gaussian_blur SmoothedAttention Rewired SAG AutoGuidance "
-     "evaluate_together attention_received interval make_seg make_autoguidance make_mechanism", "test_rivals.py"),
+    ("experiments/rivals.py", "identity_attention gaussian_kernel gaussian_blur SmoothedAttention Rewired Contrast "
+     "evaluate_together self_guidance tsg s2 make_icg make_seg make_autoguidance make_mechanism", "test_rivals.py"),
+    ("experiments/statistics.py", "t_below t_quantile jackknife two_sided equivalence mcnemar benjamini_hochberg difference",
+     "test_evidence.py -k 'student or paired or jackknife or scipys'"),
+    ("experiments/claims.py", "paired chosen judge verdict verdicts", "test_evidence.py -k 'verdicts or gains or claims'"),
 ]
 EQUIVALENT = {  # file, function: old -> new, and why no test can tell
-    "experiments/rivals.py, SAG.__call__: F.interpolate(mask, size=x.shape[-2:], mode=\"nearest\") -> "
-    "F.interpolate(mask, size=x.shape[-2:])": "nearest is the default",
-    "experiments/rivals.py, SAG.__call__: received[0] > self.threshold -> received[0] >= self.threshold":
-    "attention is never equal to the threshold",
     "experiments/rivals.py, SmoothedAttention.__call__: image.transpose(-1, -2).unflatten -> image.transpose(-1, 2).unflatten":
     "of four dimensions, 2 is -2",
     "erg.py, Guidance.predictions: model(x, times[:B], matched) -> model(x, times[B:], matched)": "all times are the same",

@@ -8,8 +8,8 @@ from torch import nn
 
 import erg
 from conftest import random_model
-from experiments.diagnostics import (Certainty, Effect, attention_certainty, difference_norms, fading_layers,
-                                     layer_effects, middle_regime, parallel_end, velocity_variances)
+from experiments.diagnostics import (Effect, attention_certainty, difference_norms, fading_layers,
+                                     layer_effects, velocity_variances)
 
 
 class Attend(nn.Module):
@@ -107,21 +107,3 @@ def test_the_fading_rule():
     a, b, c = Effect(range(0, 1), 0.3, 0.4), Effect(range(1, 2), 0.2, 0.1), Effect(range(2, 3), 0.1, 0.02)
     assert fading_layers([a, b, c]) == range(1, 2)
     assert fading_layers([a, Effect(range(3, 4), 0.1, 0.2)]) == range(0, 1)
-
-
-def test_the_middle_regime():
-    """The longest run below half of the largest certainty; nothing where no layer is certain."""
-    row = lambda shares: [Certainty(i, 0.0, 0.0, share) for i, share in enumerate(shares)]
-    assert middle_regime(row([0.4, 0.1, 0.1, 0.1, 0.3, 0.1, 0.5])) == range(1, 4)
-    assert middle_regime(row([0.01, 0.0, 0.04])) is None and middle_regime(row([0.4, 0.4])) is None
-
-
-def test_the_end_of_the_parallel_part():
-    """The first time after its peak when the parallel part is below a tenth, with an orthogonal part."""
-    t, orthogonal = torch.linspace(0, 0.9, 10), torch.ones(10)
-    parallel = torch.tensor([0.0, 1.0, 0.5, 0.2, 0.09, 0.05, 0.04, 0.03, 0.02, 0.01])
-    assert parallel_end(t, parallel, orthogonal) == pytest.approx(0.4)
-    assert parallel_end(t, parallel, orthogonal, share=0.3) == pytest.approx(0.3)
-    orthogonal[4] = 0.01
-    assert parallel_end(t, parallel, orthogonal) == pytest.approx(0.5)
-    assert parallel_end(t, torch.ones(10), orthogonal) is None

@@ -15,7 +15,7 @@ import torch
 import sample_toy
 import train_toy
 from conftest import check, random_model
-from experiments import reproduce
+from experiments import evidence
 from toy import command, files
 from toy.metrics import AttributeClassifier
 from toy.sampling import WEIGHTS, export
@@ -298,7 +298,7 @@ def oops(**options):
 
 
 SCRIPTS = dict(train=(train_toy.main, train_toy.arguments), sample=(sample_toy.main, sample_toy.arguments),
-               reproduce=(lambda **_: reproduce.main(sys.argv[1:]), reproduce.arguments), stop=(stop, train_toy.arguments), oops=(oops, sample_toy.arguments))
+               evidence=(evidence.main, evidence.arguments), stop=(stop, train_toy.arguments), oops=(oops, sample_toy.arguments))
 
 
 @pytest.mark.parametrize("typed, code, words", [
@@ -310,10 +310,10 @@ SCRIPTS = dict(train=(train_toy.main, train_toy.arguments), sample=(sample_toy.m
     ("sample --compare --method none --w 3", 2, "error: --w 3.0 has no effect with --method 'none'"),
     ("sample --prompt seven --method cfg --tau-i 0.1", 2, "--tau-i 0.1 has no effect with --method 'cfg', which obeys: w"),
     ("sample --prompt seven --layers 4:2", 2, "--layers: 4:2 must be FIRST:END"), ("sample --tau 1", 2, "unrecognized arguments: --tau 1"),
-    ("sample seven", 2, "unrecognized arguments: seven"), ("reproduce table9", 2, "NAME='table9' must be one of"), ("reproduce", 2, "required: NAME"),
-    ("reproduce table1 --weights imagenet", 2, "--weights imagenet must be one of"), ("reproduce table1 --cache=", 2, "--cache: '' must be"),
-    ("reproduce all --quick --out /proc/none", 2, "cannot write /proc/none/"), ("reproduce all --quick --cache /proc/none --out x", 2, "cannot write /proc/none/"),
-    ("reproduce table1 --device cuda --quick --out x", 2, "--device 'cuda' is not there"), ("stop", 130, "stopped"),
+    ("sample seven", 2, "unrecognized arguments: seven"), ("evidence table9", 2, "invalid choice: 'table9'"), ("evidence --sets imagenet", 2, "invalid choice: 'imagenet'"),
+    ("evidence --cache=", 2, "--cache: '' must be"), ("evidence --quick --out /proc/none", 2, "cannot write /proc/none/"),
+    ("evidence --quick --cache /proc/none --out x", 2, "cannot write /proc/none/"), ("evidence --device cuda --quick --out x", 2, "--device 'cuda' is not there"),
+    ("evidence page --out nowhere", 2, "nowhere/evidence.json is damaged"), ("stop", 130, "stopped"),
     ("oops", 1, "error: RuntimeError: a fault of --w 3 in torch (ERG_DEBUG=1 shows where)"),
 ], ids=lambda _: "")
 def test_the_door(tmp_path, monkeypatch, capsys, typed, code, words):

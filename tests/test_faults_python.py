@@ -15,17 +15,16 @@ from torch import nn
 
 import erg
 from conftest import WORDS, check, random_model
-from experiments import reproduce, runs
-from experiments.diagnostics import (attention_certainty, difference_norms, fading_layers, layer_effects, parallel_end,
+from experiments import runs
+from experiments.diagnostics import (attention_certainty, difference_norms, fading_layers, layer_effects,
                                      velocity_variances)
-from experiments.rivals import (SAG, AutoGuidance, Rewired, SmoothedAttention, attention_received, gaussian_blur,
-                                identity_attention, interval, pag, seg)
-from experiments.statistics import difference, estimate, t_quantile
-from experiments.variants import Variant, ramp
+from experiments.rivals import (Rewired, SmoothedAttention, autoguidance, gaussian_blur, identity_attention, make_icg, pag, s2,
+                                seg, self_guidance, tsg)
+from experiments.statistics import difference, equivalence, jackknife, mcnemar, t_below, t_quantile
 from test_data import ARCHIVE, BATCHES, BODY, GOOD, RAW, RECORDS, batches, http, idx, source, tar_gz, tree, web  # noqa: F401
 from tiny_dit import Config, drop_words, sample, tokenize
 from toy import data
-from toy.metrics import AttributeClassifier, mean_ranks, saturation
+from toy.metrics import AttributeClassifier
 from toy.metrics import frechet_distance as frechet
 from toy.metrics import precision_recall_density_coverage as manifold
 from toy.sampling import CADS, generate, prepare, recommended
@@ -158,47 +157,36 @@ TOY = [
     *each(lambda k: manifold(*PAIR, k), "k={}|at least 1 and less than the number of samples, 45", 0, -1, 45, 2.0, True, "5"),
     *each(lambda chunk: manifold(*PAIR, 5, chunk), "chunk={}", 0, -3, 7.0, True), (lambda: frechet(PAIR[0], PAIR[1][:1]), "1 samples are too few"),
     (lambda: manifold(*PAIR, 5, None, torch.zeros(30)), "real_radius has the shape (30,)"),
-    *each(lambda shape: saturation(torch.zeros(shape)), "{}", (2, 1, 4, 4), (3, 4, 4)), (lambda: saturation(torch.full((2, 3, 4, 4), NAN)), "images hold NaN"),
-    (lambda: mean_ranks([], ["recall"]), "rows is empty"), (lambda: mean_ranks([dict(fid=1.0)], ["fid"]), "metric 'fid'"),
-    *each(lambda v: mean_ranks([dict(recall=0.5), dict(recall=v)], ["recall"]), "metric 'recall' is not finite", NAN, INF),
     (lambda: AttributeClassifier((10,), "deep"), "network='deep'"),
 ]
 EXPERIMENTS = [
-    *each(lambda w: pag(w, [2]), "w={}", NAN, True, "2"), (lambda: SAG(NAN, 3, 4), "w=nan"), (lambda: AutoGuidance(NAN, None), "w=nan"),
-    *each(lambda cfg: seg(2.0, [2], 4, cfg=cfg, null=Q22), "cfg={}", NAN, 1.0), (lambda: seg(2.0, [2], 4, cfg=2.0), "cfg=2.0 and null go together"),
-    *each(lambda sigma: seg(2.0, [2], 4, sigma), "sigma={}", 0.0, NAN, 0.1, "a"), *each(lambda sigma: SAG(2.0, 3, 4, sigma), "sigma={}", 0.0),
-    *each(lambda side: seg(2.0, [2], side), "side={} must be a whole number, at least 2", 1, 2.0, "a"), (lambda: SAG(2.0, 3, 4, threshold=NAN), "threshold=nan"),
+    *each(lambda w: pag(w, [2]), "w={}", NAN, True, "2"), (lambda: autoguidance(NAN, None), "w=nan"),
+    *each(lambda sigma: seg(2.0, [2], 4, sigma), "sigma={}", 0.0, NAN, 0.1, "a"),
+    *each(lambda side: seg(2.0, [2], side), "side={} must be a whole number, at least 2", 1, 2.0, "a"),
     (lambda: SmoothedAttention(1.0, 5)(Q22, Q22, Q22), "side=5 needs 25 image queries; there are 22"), (lambda: gaussian_blur(Q22[0], 1.0), "(22, 4)"),
-    (lambda: identity_attention(Q22, Q22[:, :, :6], Q22[:, :, :6]), "not 22 and 6"), (lambda: interval(NAN, 0.0, 1.0), "w=nan"),
-    (lambda: SAG(2.0, 3, 3)(None, X, 0.5), "side=3 does not divide"), (lambda: attention_received(Q22, Q22, 25), "side=5 needs 25 image tokens; there are 22"),
-    *each(lambda low: interval(2.0, low, 0.5), "low={}|must satisfy", 0.5, NAN), (lambda: Rewired(2.0, identity_attention, [2], kappa=NAN), "kappa=nan"),
-    *table(lambda guidance: guidance(MODEL, X, 0.6, CONDITION), (pag(2.0, [6]), "layer 6"), (pag(2.0, []), "layers=[]"), (SAG(2.0, 6, 4), "layer 6"),
-           (pag(2.0, [2], slice(0, 23)), "queries=slice"), (seg(2.0, [2], 5), "side=5"), (SAG(2.0, -1, 4), "layers=[-1]"),
-           *((Variant(SETTINGS, NULL, taus=taus), words) for taus, words in (
-               ({-1: 0.1}, "layers=[-1]"), ({6: 0.1}, "layer 6"), ({2: NAN}, "tau=nan"), ({"a": 0.1}, "layers=['a']")))),
-    *each(lambda until: Variant(SETTINGS, NULL, until=until), "until={}", 0.0, NAN, True, "a"), (lambda: Variant(SETTINGS, NULL), "change nothing"),
-    *each(lambda r: Variant(SETTINGS, NULL, renormalize=r), "renormalize={}", 1.1, "a"), (lambda: Variant(CFG, NULL, until=0.5), "until=0.5, taus=None have no effect"),
-    *each(lambda taus: Variant(SETTINGS, NULL, taus=taus), "taus={} must hold a layer", {}, 3), (lambda: Variant(CFG, NULL, taus={2: 1}), "taus={2: 1} have no effect"),
-    (lambda: Variant(tune(kappa=0.5), NULL, until=0.4), "until=0.4 must exceed kappa"),
-    *each(lambda other: Variant(tune(**other), NULL, taus={2: 0.1}), "taus={2: 0.1} must hold a layer, and goes with",
-          dict(alpha=0.9), dict(gamma=1.5), dict(K=2), dict(batched=False)),
-    *each(lambda start: ramp(start, 2.0), "start={}", NAN, "1"), *each(lambda end: ramp(1.0, end), "end={}", INF, True),
+    (lambda: identity_attention(Q22, Q22[:, :, :6], Q22[:, :, :6]), "not 22 and 6"),
+    (lambda: Rewired(2.0, identity_attention, [2], kappa=NAN), "kappa=nan"),
+    *table(lambda guidance: guidance(MODEL, X, 0.6, CONDITION), (pag(2.0, [6]), "layer 6"), (pag(2.0, []), "layers=[]"),
+           (pag(2.0, [2], slice(0, 23)), "queries=slice"), (seg(2.0, [2], 5), "side=5")),
     (lambda: attention_certainty(MODEL, X, 0.5, CONDITION, threshold=2), "threshold=2"), (lambda: fading_layers([]), "effects is empty"),
-    (lambda: velocity_variances(MODEL, X[:1], NULL, NULL, NULL), "1 samples"), (lambda: parallel_end(X, X, X, share=2), "share=2"),
+    (lambda: velocity_variances(MODEL, X[:1], NULL, NULL, NULL), "1 samples"),
     (lambda: layer_effects(MODEL, X, CONDITION, times=(0.9, 0.3)), "times=(0.9, 0.3)"), (lambda: layer_effects(MODEL, X, CONDITION, steps=1), "steps=1"),
-    (lambda: difference_norms(MODEL, X, CONDITION, erg.ERG(w=2.0, apg=erg.APG()), NULL), "no apg"), (lambda: estimate([]), "values=[]"),
-    (lambda: difference([1], [1, 2]), "1 and 2 values"), (lambda: t_quantile(1.5, 3), "p=1.5"),
+    (lambda: difference_norms(MODEL, X, CONDITION, erg.ERG(w=2.0, apg=erg.APG()), NULL), "no apg"), (lambda: difference([1], [2]), "at least 2 pairs"),
+    (lambda: difference([1.0, NAN], [1, 2]), "must be finite"), (lambda: t_quantile(1.5, 3), "p=1.5"), (lambda: t_below(NAN, 3), "x=nan"),
+    (lambda: jackknife(1.0, [1.0]), "at least 2"), (lambda: jackknife(NAN, [1.0, 2.0]), "value=nan"), (lambda: mcnemar([1], [1, 0]), "1 and 2 answers"),
+    (lambda: equivalence(0.0, 1.0, 19, 0.0), "margin=0.0"), *each(lambda w: s2(w, 1), "w={}", NAN, "1"), *each(lambda drop: s2(2.0, drop), "drop={}", 0, 1.5),
+    *each(lambda scale: tsg(2.0, scale), "scale={}", 0, NAN), *each(lambda shift: self_guidance(2.0, shift), "shift={}", 0, -1.0),
+    (lambda: s2(2.0, 5)(MODEL, X, 0.5, CONDITION), "drop=5 must be at most 4"), (lambda: make_icg(MODEL, TOKENS[:1], None, 2.0), "there is one"),
     *table(lambda options: run(**options).key, (dict(method="cgf"), "method='cgf'"), (dict(task="poem"), "task='poem' must be one of text, class"),
-           (dict(steps=0), "steps=0"), (dict(images=8.5), "images=8.5"), (dict(weights="imagenet"), "weights='imagenet' must be one of"),
+           (dict(steps=0), "steps=0"), (dict(images=8.5), "images=8.5"), (dict(images=30), "images=30 must be a multiple of 20 times 1"), (dict(weights="imagenet"), "weights='imagenet' must be one of"),
            (dict(method="autoguidance"), "weak is missing"), (dict(method="autoguidance", parameters=dict(w=2.0, weak="early")), "weights='early' must be")),
     *table(lambda change: run(method="mechanism", parameters=dict(w=2.0, layers=[1], kappa=0.2, mechanism="identity", negative="null") | change),
            (dict(mechanism="x"), "mechanism='x'"), (dict(negative=""), "negative=''"), (dict(tau_i=0.1), "tau_i=0.1")),
-    (lambda: reproduce.main(["table9"]), "NAME='table9'"), (lambda: reproduce.main(["table1", "--weights", "imagenet"]), "--weights imagenet"),
 ]
 
 
-def run(weights="digits", task="text", method="cfg", parameters=None, seed=0, images=8, steps=2):
-    return runs.Run(weights, task, method, dict(w=1.5) if parameters is None else parameters, seed, images, steps)
+def run(weights="digits", task="text", method="cfg", parameters=None, seeds=(0,), images=20, steps=2):
+    return runs.Run(weights, task, method, dict(w=1.5) if parameters is None else parameters, list(seeds), images, steps)
 
 
 @pytest.mark.parametrize("call, words", ENERGY + RECTIFY + GUIDANCE + TINY_DIT + TOY + EXPERIMENTS, ids=lambda _: "")
@@ -328,12 +316,12 @@ DAMAGE = [  # what a file of the cache holds instead
     *(lambda text, content=content: content for content in ("", "[]", "null", "3", '"row"', "{}", "row", "[" * 100_000, b"\xff\xfe", b"\0" * 500)),
     lambda text: text[:40], lambda text: text[:-1], lambda text: text + "\n", lambda text: text.replace("1.25", "1.35"),
     lambda text: text.replace("1.25", "NaN"), lambda text: text.replace("1.25", "-Infinity"), lambda text: text.replace("1.25", "true"),
-    lambda text: text.replace("1.25", '"1.25"'), lambda text: text.replace("1.25", "1e999"), lambda text: text.replace('"seed": 0', '"seed": 1'),
+    lambda text: text.replace("1.25", '"1.25"'), lambda text: text.replace("1.25", "1e999"), lambda text: text.replace('"seeds": [0]', '"seeds": [1]'),
     *(edit(lambda record, row=row: record.update(row=row)) for row in ({}, [], None, 3, "row", [1.25], dict(frechet=1.25))),
     edit(lambda record: record["row"].pop("coverage")), edit(lambda record: record.pop("row")), edit(lambda record: record.pop("digest")),
     edit(lambda record: record.pop("parameters")), edit(lambda record: record["parameters"].update(w=2.0)),
     edit(lambda record: record.update(digest="0" * 64)), edit(lambda record: record.update(weights="mnist")),
-    lambda text: runs.record(run(seed=1), ROW), lambda text: runs.record(run(task="class"), ROW),  # another run's
+    lambda text: runs.record(run(seeds=[1]), ROW), lambda text: runs.record(run(task="class"), ROW),  # another run's
 ]
 
 

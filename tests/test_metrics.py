@@ -1,12 +1,11 @@
 """toy/metrics.py against closed forms, slow loops, and other libraries."""
-import colorsys
 import itertools
 
 import pytest
 import torch
 
-from toy.metrics import (AttributeClassifier, ball_radii, frechet_distance, mean_ranks,
-                         precision_recall_density_coverage, saturation, shift_and_flip)
+from toy.metrics import (AttributeClassifier, ball_radii, frechet_distance,
+                         precision_recall_density_coverage, shift_and_flip)
 
 
 def two_sets(n=60, m=45, dimensions=6, seed=4):
@@ -100,42 +99,6 @@ def test_a_fake_on_the_border_is_outside():
     assert (outside["precision"], outside["density"], outside["coverage"]) == (0, 0, 0)
     inside = precision_recall_density_coverage(real, torch.tensor([[9.99], [-0.99], [30.0]]), k)
     assert (inside["precision"], inside["density"], inside["coverage"]) == pytest.approx((2 / 3, 2 / 3, 2 / 10))
-
-
-def test_saturation_is_the_mean_of_hsv_saturation_times_value():
-    """Against colorsys, pixel by pixel; 0 for greys, 1 for pure colours; values beyond [-1, 1] are clamped."""
-    x = 1.2 * (2 * torch.rand(2, 3, 5, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64) - 1)
-    hsv = [colorsys.rgb_to_hsv(*pixel) for pixel in ((x + 1) / 2).clamp(0, 1).movedim(1, -1).reshape(-1, 3).tolist()]
-    assert saturation(x) == pytest.approx(sum(s * v for _, s, v in hsv) / len(hsv))
-    for *rgb, value in ((0, 0, 0, 0), (0.3, 0.3, 0.3, 0), (1, 1, 1, 0), (1, 0, 0, 1), (0, 1, 1, 1), (0, 0, 1, 1), (1, 0.5, 0.5, 0.5)):
-        assert saturation((2 * torch.tensor(rgb).view(1, 3, 1, 1) - 1.0).expand(2, 3, 4, 4)) == value
-    faint = torch.tensor([-0.98, -1, -1]).view(1, 3, 1, 1)  # noise on black: HSV saturation alone would be 1
-    assert saturation(faint) == pytest.approx(0.01, abs=1e-6)
-
-
-def test_mean_ranks_by_hand():
-    """Ties share the mean of their ranks; a low Frechet distance and high other metrics are good."""
-    rows = [dict(frechet=1.0, recall=0.5, coverage=0.2), dict(frechet=2.0, recall=0.5, coverage=0.3),
-            dict(frechet=2.0, recall=0.9, coverage=0.1)]
-    assert mean_ranks(rows, ["frechet"]) == [1, 2.5, 2.5]
-    assert mean_ranks(rows, ["recall"]) == [2.5, 2.5, 1]
-    assert mean_ranks(rows, ["frechet", "recall"]) == [1.75, 2.5, 1.75]
-    assert mean_ranks(rows, ["frechet", "recall", "coverage"]) == pytest.approx([5.5 / 3, 6 / 3, 6.5 / 3])
-    assert mean_ranks(rows[:1] * 4, ["recall", "frechet"]) == [2.5] * 4  # all tie
-    assert mean_ranks(rows[:1], ["recall"]) == [1]
-    for metric in "precision recall density coverage prompt digit ink paper object".split():  # the higher, the better
-        rows = [{metric: value, "frechet": -value} for value in (0.1, 0.3, 0.2)]
-        assert mean_ranks(rows, [metric]) == mean_ranks(rows, ["frechet"]) == [3, 1, 2]
-
-
-def test_mean_ranks_depend_on_order_alone():
-    """They sum to n (n + 1) / 2, are those of a stretched metric, and follow the rows when these are permuted."""
-    values = torch.randn(9, 2, generator=torch.Generator().manual_seed(0)).double().round(decimals=1).tolist()
-    rows, metrics = [dict(frechet=a, prompt=b) for a, b in values], ("frechet", "prompt")
-    ranks = mean_ranks(rows, metrics)
-    assert sum(ranks) == pytest.approx(9 * 10 / 2)
-    assert mean_ranks([dict(frechet=a**3, prompt=5 * b - 2) for a, b in values], metrics) == ranks
-    assert mean_ranks(rows[::-1], metrics) == ranks[::-1]
 
 
 @pytest.mark.parametrize("network, size, most", [("plain", 8, 0.15e6), ("plain", 28, 0.15e6), ("residual", 32, 0.5e6)])

@@ -15,10 +15,9 @@ from torch import nn
 
 import erg
 from conftest import random_model
-from experiments import rivals, variants  # noqa: F401  (variants adds its row to METHODS)
-from experiments.rivals import (SAG, AutoGuidance, Rewired, SmoothedAttention, attention_received,
-                                gaussian_blur, gaussian_kernel, identity_attention, interval, pag, seg)
-from tiny_dit import sample
+from experiments import rivals
+from experiments.rivals import (Rewired, SmoothedAttention, autoguidance, gaussian_blur, gaussian_kernel,
+                                identity_attention, make_icg, pag, s2, seg, self_guidance, tsg)
 from toy.sampling import METHODS, generate, prepare
 
 IMAGE, PROMPTS = slice(0, 16), ["a red seven", "a blue two on red", "seven", ""]
@@ -119,13 +118,13 @@ def counted(*models):
 # ---- What all have in common -------------------------------------------------------------------------------
 
 
-RIVALS = ("pag", "seg", "sag", "autoguidance", "mechanism")
+RIVALS = ("pag", "seg", "autoguidance", "mechanism")
 weak_model = functools.cache(lambda: random_model(1))
 
 
 def guidances(w):
-    return {"pag": pag(w, [2, 3], IMAGE), "seg": seg(w, [2, 3], 4), "sag": SAG(w, layer=3, side=4),
-            "autoguidance": AutoGuidance(w, weak_model()),
+    return {"pag": pag(w, [2, 3], IMAGE), "seg": seg(w, [2, 3], 4),
+            "autoguidance": autoguidance(w, weak_model()),
             "mechanism": Rewired(w, functools.partial(erg.energy_attention, tau=0.1), [2, 3], IMAGE)}
 
 
@@ -249,25 +248,6 @@ def test_seg_against_a_model_changed_by_hand(model, inputs, layers, sigma):
     close(seg(2.5, layers, 4, sigma)(model, x, 0.6, condition), 2.5 * model(x, t, condition) - 1.5 * weak)
 
 
-@pytest.mark.parametrize("w", [1.0, 2.5])
-@pytest.mark.parametrize("name", ["seg", "pag"])
-def test_with_cfg_it_is_the_sum_of_both(model, inputs, name, w):
-    """v_c + (cfg - 1) (v_c - v_null) + (w - 1) (v_c - v_weak), by three forwards; CFG alone up to kappa."""
-    x, t, condition = inputs
-    null = model.encode([""])
-    attend = functools.partial(smoothed_queries, sigma=2.0) if name == "seg" else values_at_image_tokens
-    v, v_null = model(x, t, condition), model(x, t, null.expand(4, -1, -1))
-    v_weak = changed_by_hand(model, [2, 3], attend)(x, t, condition)
-    make = functools.partial(*{"seg": (seg, w, [2, 3], 4, 2.0), "pag": (pag, w, [2, 3], IMAGE)}[name])
-    expected = v + 3 * (v - v_null) + (w - 1) * (v - v_weak)
-    for one_or_all in (null, null.expand(4, -1, -1)):
-        close(make(cfg=4.0, null=one_or_all)(model, x, 0.6, condition), expected)
-    late = make(cfg=4.0, null=null, kappa=0.6)
-    close(late(model, x, 0.6, condition), v + 3 * (v - v_null))
-    after = make(cfg=4.0, null=null)(model, x, 0.61, condition)
-    assert torch.equal(late(model, x, 0.61, condition), after)
-
-
 # ---- Rewired: Table 6 --------------------------------------------------------------------------------------
 
 
@@ -307,14 +287,11 @@ def test_the_negative_condition_is_the_weak_predictions(model, inputs):
 
 
 def test_rewired_evaluates_no_more_than_it_needs(model, inputs):
-    """Rows of one forward: 1 a sample, and one more for each of weak prediction and CFG where they act."""
+    """Rows of one forward: 1 a sample, and one more for the weak prediction where it acts."""
     x, _, condition = inputs
-    null, negative = model.encode([""]), model.encode(["blue"])
+    negative = model.encode(["blue"])
     cases = [  # options, rows a sample before kappa, and after it
-        (dict(w=2.0), 1, 2), (dict(w=2.0, negative=negative), 2, 2), (dict(w=2.0, cfg=3.0, null=null), 2, 3),
-        (dict(w=2.0, negative=negative, cfg=3.0, null=null), 3, 3), (dict(w=1.0, cfg=3.0, null=null), 2, 2),
-        (dict(w=1.0, negative=negative), 1, 1),
-    ]
+        (dict(w=2.0), 1, 2), (dict(w=2.0, negative=negative), 2, 2), (dict(w=1.0, negative=negative), 1, 1)]
     for options, before, after in cases:
         guidance = Rewired(attention=identity_attention, layers=[2], queries=IMAGE, kappa=0.5, **options)
         with counted(model) as rows:
@@ -322,50 +299,7 @@ def test_rewired_evaluates_no_more_than_it_needs(model, inputs):
         assert rows == [4 * before, 4 * after], options
 
 
-# ---- SAG ---------------------------------------------------------------------------------------------------
-
-
-def mask_by_hand(model, layer, threshold, x, t, condition):
-    """SAG's mask in pixels, (B, 1, 8, 8): tokens of 2 x 2 pixels above the threshold."""
-    received = image_attention(model, layer, x, t, condition).mean(1).sum(1)  # (B, 16)
-    mask = (received > threshold).double().view(-1, 1, 4, 4)
-    return mask.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)
-
-
-@pytest.mark.parametrize("t", [0.2, 0.6, 0.95])
-@pytest.mark.parametrize("layer, given, length", [(3, (), 7), (1, (0.5, 1.1), 3), (5, (4.0, 0.9), 9)])
-def test_sag_against_its_definition_in_noise_space(model, inputs, t, layer, given, length):
-    """Blur the predicted image, noise it with the predicted noise, guide as eps~ + w (eps - eps~)."""
-    x, _, condition = inputs
-    w, (sigma, threshold), noise = 1.7, given or (1.0, 1.0), lambda y: y - t * model(y, t, condition)
-    eps = noise(x)
-    image = (x - (1 - t) * eps) / t
-    mask = mask_by_hand(model, layer, threshold, x, t, condition)
-    assert 0.1 < mask.mean() < 0.9
-    blurred = mask * blur_by_loops(image, sigma, length) + (1 - mask) * image
-    eps_weak = noise(t * blurred + (1 - t) * eps)
-    guided = eps_weak + w * (eps - eps_weak)
-    v = SAG(w, layer, 4, *given)(model, x, t, condition)
-    torch.testing.assert_close(v, (x - guided) / t, rtol=0, atol=1e-10)
-    assert (v - model(x, t, condition)).abs().max() > 1e-3
-
-
-def test_attention_received_against_loops():
-    """Softmax over the first n keys, averaged over heads, summed over the first n queries; its mean is 1."""
-    q, k = 2 * torch.randn(2, 2, 3, 7, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    n, expected = 5, torch.zeros(2, 5, dtype=torch.float64)
-    for b in range(2):
-        for h in range(3):
-            for i in range(n):
-                weights = [math.exp((q[b, h, i] @ k[b, h, j]).item() / 2) for j in range(n)]  # sqrt(4) = 2
-                expected[b] += torch.tensor(weights).double() / sum(weights) / 3
-    torch.testing.assert_close(attention_received(q, k, n), expected, rtol=0, atol=1e-6)
-    close(attention_received(q, k, n).mean(1), torch.ones(2, dtype=torch.float64))
-    close(attention_received(q, k, n, scale=0.5), attention_received(q, k, n))
-    assert (attention_received(q, k, n, scale=1.0) - attention_received(q, k, n)).abs().max() > 1e-2
-
-
-# ---- AutoGuidance, interval, APG ---------------------------------------------------------------------------
+# ---- AutoGuidance and APG -----------------------------------------------------------------------------------
 
 
 def test_autoguidance_is_eq_10_between_two_models(model, inputs):
@@ -373,25 +307,9 @@ def test_autoguidance_is_eq_10_between_two_models(model, inputs):
     x, t, condition = inputs
     weak = weak_model()
     own = weak.encode(PROMPTS)
-    shared, separate = AutoGuidance(2.5, weak), AutoGuidance(2.5, weak, own)
+    shared, separate = autoguidance(2.5, weak), autoguidance(2.5, weak, own)
     close(shared(model, x, 0.6, condition), 2.5 * model(x, t, condition) - 1.5 * weak(x, t, condition))
     close(separate(model, x, 0.6, condition), 2.5 * model(x, t, condition) - 1.5 * weak(x, t, own))
-
-
-def test_interval_is_cfg_inside_and_nothing_outside(model, inputs):
-    """For low <= t < high it is CFG bit for bit; elsewhere the model's own velocity, for one evaluation."""
-    x, _, condition = inputs
-    null = model.encode([""])
-    limited, cfg = erg.Guidance(erg.ERG(w=interval(2.5, 0.3, 0.7)), null), erg.Guidance(erg.ERG(w=2.5), null)
-    for t in (0.0, 0.299, 0.3, 0.5, 0.699, 0.7, 0.99):
-        inside = 0.3 <= t < 0.7
-        with counted(model) as rows:
-            v = limited(model, x, t, condition)
-        assert torch.equal(v, (cfg if inside else lambda model, *a: model(*a))(model, x, t, condition))
-        assert rows == [8 if inside else 4]
-    with counted(model) as rows:
-        sample(model, x, condition, 10, limited)
-    assert rows == [4] * 3 + [8] * 4 + [4] * 3
 
 
 @pytest.mark.parametrize("momentum", [0.0, -0.5, 0.3])
@@ -409,25 +327,82 @@ def test_apg_agrees_with_diffusers(momentum, eta):
             close(x1, theirs)
 
 
+# ---- The model itself, disturbed ---------------------------------------------------------------------------
+
+
+def test_self_guidance_is_told_a_noisier_time(model, inputs):
+    """v + (w - 1) (v - v(t - shift)); never a time below 0."""
+    x, t, condition = inputs
+    v, weak = (model(x, time, condition) for time in (0.6, 0.5))
+    close(self_guidance(2.5, 0.1)(model, x, 0.6, condition), v + 1.5 * (v - weak), atol=1e-6)  # t is float32
+    close(self_guidance(2.5, 0.1)(model, x, 0.05, condition), 2.5 * model(x, 0.05, condition) - 1.5 * model(x, 0.0, condition))
+
+
+def test_s2_skips_inner_blocks(model, inputs):
+    """The weak prediction is that of a model without the block, others at other t; the outermost stay."""
+    x, _, condition = inputs
+    skipped = set()
+    for t in (0.0, 0.2, 0.4, 0.6, 0.8):
+        weak = 2 * model(x, t, condition) - s2(2.0, 1)(model, x, t, condition)
+        for n in range(1, 5):
+            without = copy.deepcopy(model)
+            del without.blocks[n]
+            if (without(x, t, condition) - weak).abs().max() < 1e-10:
+                skipped.add(n)
+                break
+        else:
+            pytest.fail("no inner block was skipped")
+    assert len(skipped) > 1
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_tsg_disturbs_the_time_embedding(model, inputs):
+    """The same noise at the same t, in proportion to `scale`; afterwards the model is as it was."""
+    x, _, condition = inputs
+    v = model(x, 0.6, condition)
+    change = lambda scale: (v - tsg(2.0, scale)(model, x, 0.6, condition))
+    close(change(1.0), change(1.0))
+    ratio = torch.linalg.vector_norm(change(2e-4)) / torch.linalg.vector_norm(change(1e-4))
+    assert ratio.item() == pytest.approx(2, rel=1e-2)
+    close(model(x, 0.6, condition), v)
+
+
+def test_icg_takes_anothers_caption(model, inputs):
+    """w v(own caption) + (1 - w) v(that of the sample before)."""
+    x, t, _ = inputs
+    tokens = torch.randint(1, 7, (4, 6), generator=torch.Generator().manual_seed(0))
+    own, other = model.encoder(tokens), model.encoder(tokens[[3, 0, 1, 2]])
+    expected = 3 * model(x, t, own) - 2 * model(x, t, other)
+    close(make_icg(model, tokens, None, w=3.0)(model, x, 0.6, own), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("guidance", [self_guidance(1.0, 0.1), tsg(1.0, 0.5), s2(1.0, 1)])
+def test_disturbed_off_is_the_model(model, inputs, guidance):
+    """w = 1 is one evaluation of the model."""
+    x, _, condition = inputs
+    with counted(model) as rows:
+        close(guidance(model, x, 0.6, condition), model(x, 0.6, condition))
+    assert rows == [4, 4]
+
+
+
 # ---- Function evaluations ----------------------------------------------------------------------------------
 
 ENERGY = dict(w=2.0, tau_i=0.1, layers=[2])
 FULL_COST = {  # for each method, parameters that make it pay at every step
-    "none": {}, "cfg": dict(w=2.0), "interval": dict(w=2.0, low=0.0, high=1.0), "apg": dict(w=2.0),
-    "cads": dict(w=2.0), "pag": dict(w=2.0, layers=[2]), "sag": dict(w=2.0, layer=2, sigma=1.0),
-    "seg": dict(w=2.0, layers=[2], sigma="inf", cfg=2.0), "autoguidance": dict(w=2.0, weak="digits-early"),
+    "none": {}, "cfg": dict(w=2.0), "apg": dict(w=2.0),
+    "cads": dict(w=2.0), "pag": dict(w=2.0, layers=[2]),
+    "seg": dict(w=2.0, layers=[2], sigma="inf"), "autoguidance": dict(w=2.0, weak="digits-early"),
     "c-erg": dict(w=2.0, tau_c=0.1), "i-erg": ENERGY, "erg": dict(ENERGY, kappa=0.2, tau_c=0.1),
     "erg+apg": dict(ENERGY, negative="null"), "erg+cads": dict(ENERGY, tau_c=0.1),
     "mechanism": dict(w=2.0, mechanism="identity", layers=[2], kappa=0.2, negative="null"),
-    "variant": dict(ENERGY, tau_c=0.1, renormalize=0.5),
+    "icg": dict(w=2.0), "tsg": dict(w=2.0, scale=0.5), "self-guidance": dict(w=2.0, shift=0.1),
+    "s2": dict(w=2.0, drop=1),
 }
 OTHER_COST = [  # evaluations a step and image at t = 0, 0.1, ..., 0.9
-    ("cfg", dict(w=1.0), 1), ("interval", dict(w=2.0, low=0.3, high=0.7), 1.4),
-    ("seg", dict(w=2.0, layers=[2]), 2), ("seg", dict(w=1.0, layers=[2], cfg=2.0), 2),
-    ("sag", dict(w=1.0, layer=2), 1), ("autoguidance", dict(w=1.0, weak="digits-early"), 1),
+    ("cfg", dict(w=1.0), 1), ("seg", dict(w=2.0, layers=[2]), 2), ("autoguidance", dict(w=1.0, weak="digits-early"), 1),
     ("i-erg", dict(ENERGY, kappa=0.4, negative="same"), 1.5),
     ("mechanism", dict(w=2.0, mechanism="smoothing", layers=[2], kappa=0.4, negative="same"), 1.5),
-    ("variant", dict(ENERGY, kappa=0.2, negative="same", until=0.6), 1.3),
 ]
 
 
@@ -438,6 +413,6 @@ def test_function_evaluations_a_step_and_image(method, parameters, expected):
     model = random_model(0, width=16, depth=3, text_depth=1).float()
     weak = rivals.weak_model("digits-early", torch.device("cpu"))
     with counted(model, weak) as rows:
-        captions = ["a red seven", "seven", ""]
+        captions = ["a red seven", "seven", "", "two"]
         images = generate(model, captions, prepare(method, **parameters), steps=10, batch=2)
-    assert sum(rows) == round(expected * 3 * 10) and images.isfinite().all()
+    assert sum(rows) == round(expected * 4 * 10) and images.isfinite().all()

@@ -1,4 +1,4 @@
-"""Metrics: Frechet distance, precision, recall, density, coverage, saturation, and the mean rank over them.
+"""Metrics: Frechet distance, precision, recall, density and coverage.
 
     classifier = train_classifier(images, "plain", iterations=1000)   # or "residual", for photographs
     reference = features_of(classifier, real)                         # (N, F)
@@ -7,7 +7,6 @@
 Real (N, F) and generated (M, F) features come from an attribute classifier, on any device that has float64.
 """
 import contextlib
-import math
 
 import torch
 import torch.nn.functional as F
@@ -88,42 +87,8 @@ def precision_recall_density_coverage(real, fake, k=5, chunk=None, real_radius=N
             "density": pairs / (k * len(fake)), "coverage": covered / len(real)}
 
 
-def saturation(x):
-    """Mean of HSV saturation times value of images (n, 3, H, W) in [-1, 1].
-
-    It is max - min over the channels. HSV saturation alone reads the faintest noise on black as full colour.
-    """
-    if x.dim() != 4 or x.shape[1] != 3:
-        raise ValueError(f"images have the shape {tuple(x.shape)}; they must be (n, 3, H, W)")
-    if not torch.isfinite(x).all():
-        raise ValueError("images hold NaN or infinite values")
-    rgb = ((x + 1) / 2).clamp(0, 1)
-    return (rgb.amax(1) - rgb.amin(1)).double().mean().item()
-
-
 BETTER = {"frechet": "lower"} | dict.fromkeys(
-    ("precision", "recall", "density", "coverage", "prompt", "digit", "ink", "paper", "object"), "higher")
-
-
-def mean_ranks(rows, metrics):
-    """The rank of each row (a dict of numbers) in each metric, averaged over `metrics`; 1 is best (App. A.1).
-
-    Ties share the mean of their ranks. Directions are those of BETTER.
-    """
-    if not rows or not metrics:
-        raise ValueError(f"{'metrics' if rows else 'rows'} is empty; there is nothing to rank")
-    total = [0.0] * len(rows)
-    for name in metrics:
-        if name not in BETTER:
-            raise ValueError(f"metric {name!r} must be one of {', '.join(BETTER)}")
-        if any(name not in row for row in rows):
-            raise ValueError(f"metric {name!r} is missing in a row")
-        values = [row[name] if BETTER[name] == "lower" else -row[name] for row in rows]
-        if not all(map(math.isfinite, values)):
-            raise ValueError(f"metric {name!r} is not finite in every row")
-        for i, value in enumerate(values):
-            total[i] += sum(v < value for v in values) + (sum(v == value for v in values) + 1) / 2
-    return [t / len(metrics) for t in total]
+    ("precision", "recall", "density", "coverage", "prompt"), "higher")
 
 
 # ------------------------------------------------------------------------------------------------
