@@ -94,15 +94,16 @@ def chosen(study, labels):
     """The row of a label, or of the best one of several on the search seeds."""
     if isinstance(labels, str):
         return labels
-    return min((label for label in labels if label in study["rows"]),
-               key=lambda label: study["rows"][label]["search_frechet"])
+    return min((label for label in labels if label in study["search"]),
+               key=lambda label: min(frechet for _, frechet, *_ in study["search"][label]))
 
 
 def judge(claim, studies):
-    """What a claim comes to on an image set's trainings, [study]: a dict, without its verdict; or None."""
-    pairs = [(s["rows"].get(claim.a), s["rows"].get(chosen(s, claim.b))) for s in studies]
-    if not pairs or any(a is None or b is None for a, b in pairs):
+    """What a claim comes to on those of [study] that have its rows: a dict, without its verdict; or None."""
+    studies = [s for s in studies if {claim.a, chosen(s, claim.b)} <= set(s["rows"])]
+    if not studies:
         return None
+    pairs = [(s["rows"][claim.a], s["rows"][chosen(s, claim.b)]) for s in studies]
     gains = [paired(a["row"], b["row"], claim.metric) for a, b in pairs]
     dof, n = BLOCKS_FREE * len(gains), len(gains)
     mean, error = sum(g for g, _ in gains) / n, sum(e * e for _, e in gains)**0.5 / n
@@ -148,8 +149,9 @@ def page(studies=()):
         cells = []
         for name in SETS:
             if f := found.get((i, name)):
-                line = "**{verdict}**: {mean:+.3g} ± {half:.2g}, p = {adjusted:.2g}, {trainings} training"
-                cells.append(line.format(**f) + "s" * (f["trainings"] > 1))
+                p = f"p = {f['adjusted']:.2g}" if f["adjusted"] >= 1e-4 else "p < 0.0001"
+                line = "**{verdict}**: {mean:+.3f} ± {half:.3f}, {p}, {trainings} training"
+                cells.append(line.format_map(f | dict(p=p)) + "s" * (f["trainings"] > 1))
             else:
                 cells.append("not measured" if name in claim.sets else "not asked")
         lines.append(f"| {claim.text} | {claim.paper} | {' | '.join(cells)} |")

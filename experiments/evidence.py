@@ -3,10 +3,10 @@
     python -m experiments.evidence --quick                     # the shipped digits, few images: 5 minutes
     python -m experiments.evidence trainings                   # into out/trainings: hours; minutes on a GPU
     torchrun --standalone --nproc_per_node 2 -m experiments.evidence --bf16      # all that has weights
-    python -m experiments.evidence page                        # pages and figure again, from the numbers
+    python -m experiments.evidence page                        # pages and figures again, from the numbers
 
-It writes evidence.json, evidence.md and frontiers.png into --out, and the verdicts into CLAIMS.md. Runs are
-cached under out/cache: a call that was stopped goes on where it was.
+It writes evidence.json, evidence.md and frontiers-SET.png into --out, and the verdicts into CLAIMS.md. Runs
+are cached under out/cache: a call that was stopped goes on where it was.
 """
 import dataclasses
 import json
@@ -229,15 +229,13 @@ def report(studies, plans, chosen, scale, collect):
     for s in studies:
         found = {}
         for label in plans[s]:
-            run, (_, w, search) = wanted[s, label], chosen[s][label]
-            if run not in rows:
-                continue
-            row = {m: y for m, y in rows[run].items() if m in (*METRICS, "right", "nfe", "seconds")}
-            least = min((point[1] for point in search), default=None)
-            found[label] = dict(method=run.method, parameters=run.parameters, search=search,
-                                search_frechet=least, row=row)
+            run = wanted[s, label]
+            if run in rows:
+                row = {m: y for m, y in rows[run].items() if m in (*METRICS, "right", "nfe", "seconds")}
+                found[label] = dict(method=run.method, parameters=run.parameters, row=row)
+        search = {label: points for label, (_, _, points) in chosen[s].items() if points}
         digest = runs.weights_digest(s[2])[:12]
-        result.append(dict(set=s[0], task=s[1], weights=s[2], sha256=digest, rows=found))
+        result.append(dict(set=s[0], task=s[1], weights=s[2], sha256=digest, rows=found, search=search))
     return result
 
 
@@ -266,38 +264,53 @@ def estimates(studies, label, metric):
 def table(studies, real):
     """One task on one image set: a row a method, trainings averaged."""
     labels = [label for label in studies[0]["rows"] if all(label in s["rows"] for s in studies)]
-    wide = [m for m in METRICS if m in studies[0]["rows"][labels[0]]["row"]]
+    wide = [m for m in METRICS if m != "prompt" or studies[0]["task"] != "unconditional"]
     lines = [f"| | w | {' | '.join(wide)} | Frechet by training |", "|---" * (len(wide) + 3) + "|"]
     for label in labels:
         cells = ["{:.3f} ± {:.3f}".format(*estimates(studies, label, m)) for m in wide]
         by = ", ".join(f"{value(s['rows'][label]['row'], 'frechet'):.2f}" for s in studies)
         given = [s["rows"][label]["parameters"] for s in studies]
         ws = ", ".join(f"{p['w']:g}" if "w" in p else "" for p in given)
-        lines.append(f"| {label} | {ws} | {' | '.join(cells)} | {by} |")
-    means = [f"{value(real, m):.3f}" if m in real else "" for m in wide]
+        lines.append(f"| {label} | {ws if given[0] else ''} | {' | '.join(cells)} | {by} |")
+    error = lambda values: half_width(jackknife(values[0], values[1:])[1], 19)
+    means = [f"{value(real, m):.3f} ± {error(real[m]):.3f}" if m in real else "" for m in wide]
     return [*lines, f"| other real images | | {' | '.join(means)} | |"]
 
 
 def markdown(record):
+    (name, task), n = FULL.more
+    more = f"{n:,} of {name}, {TASKS[task]}"
     lines = ["# Evidence", "", f"`{record['command']}`, {record['minutes']:.0f} process minutes in all: "
              f"{record['hardware']}; torch {record['torch']}.", "",
-             "The rules and the verdicts are in [CLAIMS.md](../CLAIMS.md); all tables here are exploratory. "
-             f"{record['images']:,} images a row ({FULL.more[1]:,} of {' with '.join(FULL.more[0])}), "
-             f"{record['steps']} Euler steps, ± half of the 95 % interval. "
-             "The Frechet distance is extrapolated to infinitely many images. "
-             "The last row holds other real images against the same reference.", "",
-             "![Frontiers](frontiers.png)", ""]
+             f"""\
+The rules and the verdicts are in [CLAIMS.md](../CLAIMS.md). All tables here are exploratory.
+{record['images']:,} images a row (but {more}), {record['steps']} Euler steps,
+± half of the 95 % interval. The Frechet distance is extrapolated to infinitely many images. The last row
+holds other real images against the same reference: their distance should be 0, and what it is shows how far
+to trust the extrapolation.
+
+The pictures are of the search seeds ({FULL.search} images a row), averaged over trainings; large: each at its
+best w. Precision and recall of so few images are higher than in the tables.""", ""]
+    lines += [f"![Frontiers on {name}](frontiers-{name}.png)\n" for name in sorted(record["real"])]
     if record.get("mild"):
         lines += [f"Mild ERG: {', '.join(f'{k} = {v:g}' for k, v in record['mild'].items())}, chosen on the "
                   "digits' search seeds.", ""]
     for name in claims.SETS:
         for task, title in TASKS.items():
             there = [s for s in record["studies"] if (s["set"], s["task"]) == (name, task)]
-            if there:
+            if any(s["rows"] for s in there):
                 made = ", ".join(f"{s['weights']} ({s['sha256']})" for s in there)
                 lines += [f"## {name}: {title}", "", f"Weights: {made}.", ""]
-                lines += [*table(there, record["real"][name]), "", second(there), ""]
+                lines += [*table(there, record["real"][name]), "", second(there), "", searched(there), ""]
     return "\n".join(lines)
+
+
+def searched(studies):
+    """The Frechet distance of every method on the search seeds, at its best w, averaged over trainings."""
+    best = {label: [min(point[1] for point in s["search"][label]) for s in studies]
+            for label in studies[0]["search"] if all(label in s["search"] for s in studies)}
+    means = sorted((sum(values) / len(values), label) for label, values in best.items())
+    return "On the search seeds: " + ", ".join(f"{label} {mean:.3f}" for mean, label in means) + "."
 
 
 def second(studies):
@@ -318,49 +331,44 @@ def second(studies):
 SHOWN = ("CFG", "AutoGuidance", "ICG", "Self-Guidance", "S2*", "PAG*", "SEG*", "C-ERG", "I-ERG", "ERG")
 
 
-def draw(record):
-    """Frontiers: w along each line (search seeds), and the reported point (large)."""
-    panels = [(name, task) for name in claims.SETS[:2] for task in ("text", "no dropout", "unconditional")
-              if any((s["set"], s["task"]) == (name, task) for s in record["studies"])]
-    figure = Figure(figsize=(3.7 * len(panels), 6.6), layout="constrained")
-    axes = figure.subplots(2, len(panels), squeeze=False)
-    for column, (name, task) in enumerate(panels):
-        there = [s for s in record["studies"] if (s["set"], s["task"]) == (name, task)]
-        pairs = (("prompt", "frechet"), ("recall", "precision")) if task != "unconditional" else \
-            (("recall", "frechet"), ("recall", "precision"))
-        for ax, (x, y) in zip(axes[:, column], pairs):
-            at = {m: 1 + METRICS.index(m) for m in (x, y)}
-            none = [estimates(there, "no guidance", m)[0] for m in (x, y)]
-            for label in SHOWN:
-                if not all(label in s["rows"] for s in there):
-                    continue
-                paths = [s["rows"][label]["search"] for s in there]
-                lines = [[[point[at[m]] for point in path] for m in (x, y)] for path in paths]
-                mean = [[sum(v) / len(v) for v in zip(*(line[i] for line in lines))] for i in (0, 1)]
-                ax.plot(*mean, "o-", ms=2.5, lw=1, color=colour(label), alpha=0.8)
-                best = [estimates(there, label, m)[0] for m in (x, y)]
-                look = dict(marker="*", ms=11) if "ERG" in label else dict(marker="D", ms=6)
-                ax.plot(*best, color=colour(label), label=label, mec="white", mew=0.5, ls="", **look)
-            ax.plot(*none, "ks", ms=6, label="no guidance")
-            best = [value(record["real"][name], m) if m in record["real"][name] else None for m in (x, y)]
-            if None not in best:
-                ax.plot(*best, "P", color="#2ca02c", ms=8, label="other real images")
-            worst = max(estimates(there, label, y)[0] for label in SHOWN if label in there[0]["rows"])
+def draw(record, name):
+    """Frontiers on an image set: all w of each method on the search seeds, and its best one (large)."""
+    groups = {task: [s for s in record["studies"] if (s["set"], s["task"]) == (name, task)]
+              for task in ("text", "no dropout", "unconditional")}
+    groups = {task: there for task, there in groups.items() if there}
+    figure = Figure(figsize=(4.2 * max(1, len(groups)), 7), layout="constrained")
+    for column, (task, there) in enumerate(groups.items()):
+        for line, (x, y) in enumerate((("recall" if task == "unconditional" else "prompt", "frechet"),
+                                       ("recall", "precision"))):
+            ax = figure.add_subplot(2, len(groups), line * len(groups) + column + 1)
+            mean = lambda label, m: [sum(v) / len(v) for v in zip(
+                *([point[1 + METRICS.index(m)] for point in s["search"][label]] for s in there))]
+            for label in (label for label in SHOWN if all(label in s["search"] for s in there)):
+                xs, ys, frechet = mean(label, x), mean(label, y), mean(label, "frechet")
+                best = frechet.index(min(frechet))
+                ours = "ERG" in label
+                ax.plot(xs, ys, "o-", ms=2.5, lw=2 if ours else 1, color=colour(label), alpha=0.8)
+                ax.plot(xs[best], ys[best], "*" if ours else "D", ms=13 if ours else 6, color=colour(label),
+                        mec="white", mew=0.5, label=label)
+            none = mean("no guidance", x)[0], mean("no guidance", y)[0]
+            ax.plot(*none, "ks", ms=7, label="no guidance")
             if y == "frechet":
-                ax.set_ylim(0, 1.6 * max(none[1], worst))
-            ax.set_xlabel({"prompt": "prompt accuracy", "recall": "recall"}[x], fontsize=8)
-            ax.set_ylabel({"frechet": "Frechet distance", "precision": "precision"}[y], fontsize=8)
-            ax.tick_params(labelsize=7)
-            ax.set_title(f"{name}: {TASKS[task]}", fontsize=8)
-        axes[0, column].legend(fontsize=6, frameon=False)
+                ax.set_ylim(-0.1 * none[1], 1.6 * none[1])
+            ax.set_xlim(0.9 * none[0] if x == "prompt" else None)
+            ax.set_xlabel({"prompt": "prompt accuracy", "recall": "recall"}[x])
+            ax.set_ylabel({"frechet": "Frechet distance", "precision": "precision"}[y])
+            ax.set_title(f"{name}: {TASKS[task]}" if line == 0 else "", fontsize=9)
+            if line == 0:
+                ax.legend(fontsize=7, frameon=False)
     return figure
 
 
 def write(out, record):
-    figure = draw(record)
     for name, text in (("evidence.json", json.dumps(record) + "\n"), ("evidence.md", markdown(record))):
         write_whole(out / name, lambda file: file.write(text.encode()))
-    write_whole(out / "frontiers.png", lambda file: figure.savefig(file, format="png", dpi=110))
+    for name in record["real"]:
+        figure = draw(record, name)
+        write_whole(out / f"frontiers-{name}.png", lambda file: figure.savefig(file, format="png", dpi=90))
     target = RESULTS.parent if out == RESULTS else out
     write_whole(target / "CLAIMS.md", lambda file: file.write(claims.page(record["studies"]).encode()))
 
@@ -408,7 +416,7 @@ def main(step, finished, quick, sets, data, out, cache, device, bf16):
         return write(out, record)
     if step == "trainings":
         return train_more(sets, data, device)
-    writable(Path(cache) / "row", *(out / name for name in ("evidence.json", "evidence.md", "frontiers.png")))
+    writable(Path(cache) / "row", *(out / name for name in ("evidence.json", "evidence.md")))
     if "LOCAL_RANK" in os.environ and torch.cuda.device_count():  # several processes may share a GPU
         os.environ["LOCAL_RANK"] = str(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
     scale, chosen_device = QUICK if quick else FULL, choose_device(device)

@@ -64,7 +64,7 @@ def two_sided(mean, error, dof):
     """p of the hypothesis that the mean is 0."""
     if error == 0:
         return float(mean == 0)
-    return min(1.0, 2 * (1 - t_below(abs(mean) / error, dof)))
+    return max(0.0, 2 * (1 - t_below(abs(mean) / error, dof)))  # the quadrature errs by 1e-13
 
 
 def equivalence(mean, error, dof, margin):

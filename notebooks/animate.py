@@ -6,8 +6,7 @@
 Every frame is one Euler step of the shipped MNIST model and shows x_t, clipped; t = 0 is noise, t = 1 is
 data. The bar shows t, and where ERG's part in the denoiser begins (kappa). Seed 3 is not typical: it was
 chosen because the five, the six, the seven and the nine come out broken without guidance, while most unguided
-pictures of full captions are sound. It says nothing about CFG against ERG: experiments/results/table1.md
-does.
+pictures of full captions are sound. It says nothing about CFG against ERG: experiments/CLAIMS.md does.
 """
 import argparse
 import sys

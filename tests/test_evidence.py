@@ -335,10 +335,11 @@ def test_mild_erg_is_the_best_of_the_second_round():
 def study(task, name="digits", **gains):
     """A study whose rows have a level and no noise but a small one that all share; higher is better."""
     level = lambda up, sign: [10 + sign * up + 0.01 * (i % 3) + 0.002 * i * up for i in range(21)]
-    rows = {label: dict(search_frechet=-up, row=dict(frechet=level(up, -1), density=level(up, 1), prompt=level(up, 1),
+    rows = {label: dict(row=dict(frechet=level(up, -1), density=level(up, 1), prompt=level(up, 1),
                                                       right="1" * int(50 + up) + "0" * (50 - int(up))))
             for label, up in gains.items()}
-    return dict(set=name, task=task, weights=name, rows=rows)
+    search = {label: [[1.5, 9.0, 0.5], [2.0, -up, 0.5]] for label, up in gains.items()}
+    return dict(set=name, task=task, weights=name, rows=rows, search=search)
 
 
 def test_verdicts():
@@ -397,7 +398,7 @@ def test_all_of_it_from_the_runs_to_the_verdicts(tmp_path, monkeypatch):
     assert record["minutes"] > 0 and record["hardware"] and record["torch"] == str(torch.__version__)
     pages = [(out / name).read_text() for name in ("evidence.md", "CLAIMS.md")]
     assert all(claim.text in pages[1] for claim in claims.PRIMARY) and "## digits: no caption" in pages[0]
-    assert (out / "frontiers.png").read_bytes()[:4] == b"\x89PNG"
+    assert (out / "frontiers-digits.png").read_bytes()[:4] == b"\x89PNG"
     monkeypatch.setattr(runs, "compute", lambda *args: pytest.fail("computed again"))
     evidence.main(**given)
     assert json.loads((out / "evidence.json").read_text())["studies"] == record["studies"]

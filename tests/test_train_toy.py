@@ -226,6 +226,20 @@ def test_batches_hold_what_the_recipe_says():
     assert [stat(y).item() for y in (t.logit(), noise) for stat in (torch.mean, torch.std)] == pytest.approx([0, 1, 0, 1], abs=0.05)
 
 
+def test_full_captions_are_whole(tmp_path):
+    """With --full-captions every caption of a batch is one of the data set's, none empty and none shortened;
+    the option is part of what --resume repeats."""
+    images = data.load("digits")
+    tables = train_toy.caption_tables(images, Config(vocabulary=images.vocabulary))
+    recipe = dataclasses.replace(train_toy.RECIPES["digits"], full_captions=True)
+    _, tokens, *_ = train_toy.draw_batch(images, tables, recipe, 1000, 0, 3)
+    assert (tokens[:, None] == tables[0].flatten(0, -2)).all(2).any(1).all()
+    options = dict(SMALL, iterations=10, out=str(tmp_path))
+    train_toy.main(full_captions=True, **options)
+    with pytest.raises(data.DataError, match="full_captions True, not False"):
+        train_toy.main(resume=True, **options)
+
+
 KILL = """
 def stop(module, name, at, calls=[]):
     plain = getattr(module, name)
