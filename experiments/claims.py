@@ -83,9 +83,9 @@ RULES = """Written before anything was sampled. Each claim is one difference of 
 
 
 DEVIATIONS = """Otherwise than planned: the hours did not do for all rows. So a claim is judged on those
-trainings that have both of its rows, and CIFAR-10 was not measured. The search and the rows of MNIST with full
-captions on the shipped weights ran on a GPU in float32, the other rows on a CPU in bfloat16. AutoGuidance's weak
-models of the trainings without caption dropout are from another run of the same recipe, on a CPU.
+trainings that have both of its rows, and CIFAR-10 was not measured. The search, and most rows of the shipped
+MNIST model with full captions, ran on a GPU in float32; the other rows, and AutoGuidance, on a CPU in
+bfloat16. AutoGuidance's weak models without caption dropout are from another run of the same recipe.
 """
 
 
