@@ -29,7 +29,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-REPOSITORY, COMMIT = "", "d3ac0e2e1db954477527aa77406182b3c440e344"
+REPOSITORY, COMMIT = "", "a594aba65f71863288f43f9bcd06a58c6467b9ce"
 PLACES = (Path.cwd(), *Path.cwd().parents, Path("erg-guidance").resolve())
 ROOT = next((path for path in PLACES if (path / "notebooks/drawing.py").is_file()), None)
 if ROOT is None:

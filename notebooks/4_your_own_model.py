@@ -40,7 +40,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-REPOSITORY, COMMIT = "", "ef63fde35dba54a6cbe7aa6da3b87bdb55496d5b"
+REPOSITORY, COMMIT = "", "a594aba65f71863288f43f9bcd06a58c6467b9ce"
 PLACES = (Path.cwd(), *Path.cwd().parents, Path("erg-guidance").resolve())
 ROOT = next((path for path in PLACES if (path / "notebooks/drawing.py").is_file()), None)
 if ROOT is None:
