@@ -121,7 +121,7 @@ def rows_of(task, name, mild):
         replaced = lambda kind, **more: Row("mechanism", dict(place, mechanism=kind, **more), like="I-ERG")
         thresholds = tuple(dict(norm_threshold=r) for r in (5.0, 2.0))
         rows |= {"APG": Row("apg", variants=thresholds),
-                 "ERG + APG": Row("erg+apg", erg.fixed, thresholds, like="ERG"),
+                 "ERG + APG": Row("erg+apg", dict(erg.fixed, norm_threshold=5.0), like="ERG"),
                  "temperature 0.2": replaced("temperature", tau_i=0.2),
                  "identity": replaced("identity"),
                  "smoothing": replaced("smoothing"),
@@ -356,7 +356,7 @@ def draw(record, name):
             ax.plot(*none, "ks", ms=7, label="no guidance")
             if y == "frechet":
                 ax.set_ylim(-0.1 * none[1], 1.6 * none[1])
-            ax.set_xlim(0.9 * none[0] if x == "prompt" else None)
+            ax.set_xlim(0.97 * none[0] if x == "prompt" else None)
             ax.set_xlabel({"prompt": "prompt accuracy", "recall": "recall"}[x])
             ax.set_ylabel({"frechet": "Frechet distance", "precision": "precision"}[y])
             ax.set_title(f"{name}: {TASKS[task]}" if line == 0 else "", fontsize=9)
