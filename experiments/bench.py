@@ -1,8 +1,7 @@
 """What guidance, training and sampling cost, as ratios of things that are measured in turns.
 
-    python -m experiments.bench                        # all but `learning`; --quick: under three minutes
+    python -m experiments.bench                        # all; --quick: under three minutes
     python -m experiments.bench guidance growth        # some sections; the others' results are kept
-    python -m experiments.bench learning --data-dir data/mnist        # MNIST by minutes of training
 
 It writes bench.json, bench.md and bench.png to --out. In a turn each contestant is measured once; a figure
 is the median over turns, with quartiles.
@@ -22,18 +21,15 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
-from torch import nn
 
 import erg
 import train_toy
 from experiments import runs
-from tiny_dit import Config, TinyDiT, flow_matching_loss, sample
+from tiny_dit import Config, TinyDiT, sample
 from toy import data
-from toy.command import Parser, number, place, run
+from toy.command import Parser, place, run
 from toy.files import write_whole
-from toy.metrics import evaluate
-from toy.sampling import (METHODS, WEIGHTS, choose_device, describe, generate, load_checkpoint, prepare,
-                          recommended)
+from toy.sampling import METHODS, choose_device, describe, prepare, recommended
 
 XL = dict(image_size=32, channels=4, width=1152, depth=28, heads=16)  # DiT-XL/2
 B4 = dict(image_size=32, channels=4, patch=4, width=768, depth=12, heads=12)  # DiT-B/4
@@ -195,63 +191,6 @@ def evaluations(o):
 # ---- Training and sampling ---------------------------------------------------------------------------------
 
 
-class PlainAttention(nn.Module):
-    """Three projections and a softmax written out, as in many tutorials."""
-
-    def __init__(self, width, heads):
-        super().__init__()
-        self.heads = heads
-        self.q, self.k, self.v, self.out = (nn.Linear(width, width) for _ in range(4))
-        self.q_norm, self.k_norm = (nn.RMSNorm(width // heads, eps=1e-6) for _ in range(2))
-
-    def forward(self, x):  # (B, T, W)
-        split = lambda y: y.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, H, T, D)
-        q, k, v = self.q_norm(split(self.q(x))), self.k_norm(split(self.k(x))), split(self.v(x))
-        weights = (q @ k.transpose(-2, -1) / q.shape[-1]**0.5).softmax(-1)  # (B, H, T, T)
-        return self.out((weights @ v).transpose(1, 2).flatten(2))
-
-
-class OneByOne(torch.utils.data.Dataset):
-    """Pictures and captions, one at a time, for a DataLoader."""
-
-    def __init__(self, images, tables):
-        self.images, self.tokens = images, tables[0]
-
-    def __len__(self):
-        return len(self.images)
-
-    def __getitem__(self, row):
-        x, attributes = self.images.draw(torch.tensor([row]))
-        return x[0], self.tokens[tuple(attributes.T)][0]
-
-
-def plain_training(images, tables, config, batch, device):
-    """A call that makes a training step in the usual style: eager, AdamW, a DataLoader with two workers."""
-    model = TinyDiT(config)
-    for block in [*model.blocks, *model.encoder.blocks]:
-        block.attention = PlainAttention(config.width, config.heads)
-    model.to(device)
-    averaging = torch.optim.swa_utils.get_ema_multi_avg_fn(0.995)
-    average = torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=averaging)
-    optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
-    loader = torch.utils.data.DataLoader(OneByOne(images, tables), batch, shuffle=True, drop_last=True,
-                                         num_workers=2, persistent_workers=True)
-    batches = (given for _ in iter(int, 1) for given in loader)  # without end
-
-    def step():
-        x, tokens = (part.to(device) for part in next(batches))
-        t, noise = torch.rand(len(x), device=device), torch.randn_like(x)
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            loss = flow_matching_loss(model, x, model.encoder(tokens), t, noise).mean()
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        average.update_parameters(model)
-
-    return step
-
-
 def training(o):
     """Speed of a training step with Muon, which needs half of AdamW's steps"""
     cuda = o.device == "cuda"
@@ -281,10 +220,6 @@ def training(o):
             share = work / spent[:, i] / rate
             yield f"{name}, {how}: share of a matrix product's speed", share, "≥ 0.4" if cuda else "≥ 0.5"
             yield f"{name}, {how}: images a second", recipe.batch / spent[:, i], ""
-        spent = turns(o, plain_training(images, tables, config, recipe.batch, o.chosen), *calls.values())
-        for i, how in enumerate(calls, 1):
-            ratio = spent[:, 0] / spent[:, i]
-            yield f"{name}, {how}: time in the usual style, divided by ours", ratio, "≥ 1.5"
 
 
 def sampling(o):
@@ -347,25 +282,6 @@ def waiting(o):
             yield f"python train_toy.py (prompt accuracy {share:.1%})", torch.tensor([seconds]), "≤ 150"
 
 
-def learning(o):
-    """MNIST by minutes of training: Frechet distance without guidance, divided by the shipped model's"""
-    shipped, classifier, reference, notes = load_checkpoint(WEIGHTS / "mnist.pt", o.chosen)
-    captions, attributes = runs.draw_prompts(runs.attribute_words(shipped), "text", 1000, 0)
-    judge = lambda model: evaluate(generate(model, captions), attributes, classifier, reference)
-    own = judge(shipped)
-    for minutes in o.minutes:
-        with tempfile.TemporaryDirectory() as folder:
-            command("train_toy.py", "--dataset", "mnist", "--out", folder, "--minutes", minutes,
-                    "--samples", 6, "--device", o.device,
-                    *(("--data-dir", Path(o.data_dir).resolve()) if o.data_dir else ()))
-            row = judge(load_checkpoint(Path(folder) / "mnist.pt", o.chosen)[0])
-        name = f"{minutes:g} minutes, classifier included: {row['frechet']:.3f}"
-        ratio = torch.tensor([row["frechet"] / own["frechet"]])
-        yield f"{name}, prompt accuracy {row['prompt']:.1%}", ratio, ""
-    name = f"shipped, {notes['training_minutes']} minutes of training: {own['frechet']:.3f}"
-    yield f"{name}, prompt accuracy {own['prompt']:.1%}", torch.ones(1), ""
-
-
 # ---- Growth ------------------------------------------------------------------------------------------------
 
 
@@ -415,7 +331,7 @@ def draw_growth(curves, path):
 # ---- The page ----------------------------------------------------------------------------------------------
 
 SECTIONS = {f.__name__: f for f in (guidance, methods, attention, memory, evaluations, training, sampling,
-                                    processes, waiting, learning, growth)}
+                                    processes, waiting, growth)}
 
 
 def estimate():
@@ -472,10 +388,8 @@ def page(found):
 def arguments():
     parser = Parser(__doc__)
     add = parser.add_argument
-    add("sections", nargs="*", metavar="SECTION", help=f"of {', '.join(SECTIONS)}; all but learning if none")
+    add("sections", nargs="*", metavar="SECTION", help=f"of {', '.join(SECTIONS)}; all if none")
     add("--quick", action="store_true", help="fewer sizes and turns: a try, not a result")
-    add("--data-dir", type=place, help="for learning: folder with MNIST's files, downloaded when missing")
-    add("--minutes", nargs="+", default=[4, 8, 16], type=number(1, 1000), help="for learning (4 8 16)")
     add("--out", type=place, help="folder to write to (experiments/results; --quick: out/quick)")
     add("--device", choices=("cuda", "cpu"), help="cuda if it is there")
     return parser
@@ -495,7 +409,7 @@ def main(**given):
     found = {}
     with contextlib.suppress(OSError, ValueError):
         found = json.loads((out / "bench.json").read_text())
-    for name in o.sections or [name for name in SECTIONS if name != "learning"]:
+    for name in o.sections or SECTIONS:
         print(f"\n{SECTIONS[name].__doc__}", flush=True)
         rows, o.curves = [], {}
         with torch.set_grad_enabled(name == "training"):

@@ -9,7 +9,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from experiments import bench
-from tiny_dit import Attention, Config, TinyDiT
+from tiny_dit import Config, TinyDiT
 
 OPTIONS = SimpleNamespace(device="cpu", chosen=torch.device("cpu"), dtype=torch.float32, synchronize=lambda: None, seconds=0.0, curves={})
 
@@ -42,17 +42,6 @@ def test_operations_are_counted():
     assert 2 * bench.flops(config) == pytest.approx(counter.get_total_flops(), rel=0.01)
 
 
-def test_the_usual_attention_is_the_same_function():
-    """What training is compared with computes what tiny_dit computes: the ratio is of two ways to do one thing."""
-    torch.manual_seed(0)
-    ours, usual, x = Attention(32, 4), bench.PlainAttention(32, 4), torch.randn(2, 9, 32)
-    parts = zip((usual.q, usual.k, usual.v), ours.qkv.weight.chunk(3), ours.qkv.bias.chunk(3))
-    for part, weight, bias in parts:
-        part.load_state_dict(dict(weight=weight, bias=bias))
-    usual.out.load_state_dict(ours.out.state_dict())
-    assert torch.allclose(ours(x), usual(x), atol=1e-6)
-
-
 @pytest.mark.parametrize("value, goal, expected", [
     (1.02, "≤ 1.02", True), (1.03, "≤ 1.02", False), (1.5, "≥ 1.5", True), (1.4, "≥ 1.5", False),
     (7.0, "", True)])
@@ -77,9 +66,9 @@ def test_growth_finds_the_exponent(monkeypatch):
 def test_a_section_is_written_and_the_others_are_kept(tmp_path):
     """Two calls of a section each leave both in bench.json and in the page; an unknown section is an error."""
     for name in ("memory", "attention"):
-        bench.main(sections=[name], quick=True, data_dir=None, minutes=[4], out=str(tmp_path), device="cpu")
+        bench.main(sections=[name], quick=True, out=str(tmp_path), device="cpu")
     found, text = json.loads((tmp_path / "bench.json").read_text()), (tmp_path / "bench.md").read_text()
     assert list(found) == ["attention", "memory"] and all(bench.SECTIONS[name].__doc__ in text for name in found)
     assert all(row["quartiles"][0] == pytest.approx(1, abs=0.05) for row in found["memory"]["rows"])
     with pytest.raises(ValueError, match="section='speed'"):
-        bench.main(sections=["speed"], quick=True, data_dir=None, minutes=[4], out=str(tmp_path), device="cpu")
+        bench.main(sections=["speed"], quick=True, out=str(tmp_path), device="cpu")

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from experiments import bench, claims, evidence, runs
+from experiments import bench, claims, evidence, runs, stability
 from experiments.statistics import (benjamini_hochberg, difference, equivalence, half_width, jackknife,
                                     mcnemar, t_below, t_quantile, two_sided)
 from tiny_dit import tokenize
@@ -404,6 +404,28 @@ def test_all_of_it_from_the_runs_to_the_verdicts(tmp_path, monkeypatch):
     assert json.loads((out / "evidence.json").read_text())["studies"] == record["studies"]
     evidence.main(**given | dict(step="page"))
     assert [(out / name).read_text() for name in ("evidence.md", "CLAIMS.md")] == pages
+
+
+def test_density_of_parts(monkeypatch):
+    """A cell is the mean gap in density over disjoint parts, here counted ball by ball."""
+    monkeypatch.setattr(stability, "IMAGES", (40, 80))
+    monkeypatch.setattr(stability, "NEIGHBOURS", (3,))
+    rows = {label: dict(method=method, parameters=p) for label, method, p in (
+        ("CFG", "cfg", dict(w=2.0)), ("C-ERG", "c-erg", dict(w=2.0, tau_c=0.3)),
+        ("ERG", "erg", dict(w=2.0, tau_i=0.01, tau_c=0.3, kappa=0.2, layers=[1])))}
+    text = "\n".join(stability.tables("digits", rows, "cpu"))
+    real, gaps = runs.real_features("digits", 80)[0], {}
+    for label, row in rows.items():
+        x, _ = runs.sample_run(
+            runs.Run("digits", "text", row["method"], row["parameters"], [0, 1, 2, 3], 80, 16))
+        fake, found = metrics.features_of(runs.checkpoint("digits")[1], x).double(), []
+        for part in (0, 1):
+            r, f = real[part::2], fake[part::2]
+            radii = [sorted((a - b).norm() for b in r)[3] for a in r]
+            found.append(sum((a - b).norm() < radius for a, radius in zip(r, radii) for b in f).item() / 120)
+        gaps[label] = sum(found) / 2
+    for label in ("C-ERG", "ERG"):
+        assert f"| {label} - CFG, 40 images | {gaps[label] - gaps['CFG']:+.3f} |" in text
 
 
 def test_two_processes_find_what_one_finds(tmp_path):
