@@ -10,6 +10,7 @@ pictures of full captions are sound. It says nothing about CFG against ERG: expe
 """
 import argparse
 import sys
+import textwrap
 import time
 from pathlib import Path
 
@@ -28,7 +29,7 @@ ROWS = ("none", "cfg", "erg")  # of METHODS
 PAIRS = ["red {} on blue", "white {} on green", "yellow {} on black", "green {} on red", "purple {} on black"]
 CAPTIONS = ["a " + PAIRS[i % len(PAIRS)].format(digit) for i, digit in enumerate(DIGITS)]  # a column each
 ZOOM = 2  # of a pixel of the model; the rest in pixels of the page
-GAP, LEFT, TOP, BOTTOM, RIGHT = 13, 108, 46, 58, 12
+GAP, LEFT, TOP, BOTTOM, RIGHT = 13, 108, 58, 58, 12
 INK, PALE = "#333333", "#d0d0d0"
 
 
@@ -60,7 +61,7 @@ def page(side):
     empty = Image.new("RGB", size, "white")
     draw = ImageDraw.Draw(empty)
     for caption, (x, y) in zip(CAPTIONS, corners[0]):
-        text = caption.replace(" on ", "\non ")
+        text = textwrap.fill(caption, 9)
         draw.multiline_text((x + side / 2, y - 8), text, INK, font(9), anchor="md", align="center", spacing=3)
     for name, ((x, y), *_) in zip(ROWS, corners):
         label, colour = METHODS[name].label, METHODS[name].colour
