@@ -2,26 +2,23 @@
 
 A check is a function (student, seed) that raises Wrong with a message: what was computed, on what, what was
 expected, and what to read again. Its inputs are drawn from the seed, in float64 and rounded to two decimals,
-so that you can type them in. A difference of 1e-5 is not an error. EXERCISES is the list of all checks;
-grade.py runs them.
+so that you can type them in. A difference of 1e-5 is not an error. EXERCISES is the list of all checks, one
+point each; grade.py runs them. `student.energy(...)` runs in another process (worker.py), and so does
+`student.attend(...)`, which stands for a model's call of F.scaled_dot_product_attention.
 """
 import contextlib
+import itertools
 import math
 import random
-import re
-import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 
 
 @dataclass(frozen=True)
 class Check:
     name: str
-    points: int
     function: Callable  # (student, seed); raises Wrong
 
 
@@ -31,20 +28,16 @@ class Exercise:
     title: str
     checks: list = field(default_factory=list)
 
-    @property
-    def points(self):
-        return sum(check.points for check in self.checks)
-
 
 EXERCISES = [Exercise(number, title) for number, title in enumerate(
     ["The energy and its gradient", "Energy attention", "Temperature and entropy", "Intercepting attention",
      "A weak encoding of the prompt (C-ERG)", "The guidance update, with kappa", "The sampler"], start=1)]
 
 
-def check(exercise, points, name):
+def check(exercise, name):
     """Adds the function below it to the checks of an exercise."""
     def add(function):
-        EXERCISES[exercise - 1].checks.append(Check(name, points, function))
+        EXERCISES[exercise - 1].checks.append(Check(name, function))
         return function
     return add
 
@@ -56,6 +49,28 @@ def check(exercise, points, name):
 
 class Wrong(AssertionError):
     """A check failed; the message is for the student."""
+
+
+class Gone(Exception):
+    """The process of the student's code ended, or was too slow, or sent what nobody can read."""
+
+
+class StudentError(Exception):
+    """The student's code raised an error: as worker.describe tells it."""
+
+    def __init__(self, kinds, message, where, raised):
+        super().__init__(str(message)[:1000])
+        self.kinds, self.where = [str(kind) for kind in kinds] or ["Exception"], where and str(where)[:500]
+        self.raised = bool(raised) and not self.unwritten  # by a `raise` of their own
+
+    @property
+    def unwritten(self):
+        return "NotImplementedError" in self.kinds
+
+    @property
+    def told(self):
+        kind = self.kinds[0]
+        return f"called sys.exit: {self}" if kind == "SystemExit" else f"raised {kind}: {self}"
 
 
 def wrong(told, what, read):
@@ -145,13 +160,13 @@ def expect_error(kind, told, read):
     """Raise Wrong unless the block raises an error of this kind (an unwritten exercise does not count)."""
     try:
         yield
-    except (NotImplementedError, Wrong):
-        raise
-    except kind:
-        return
-    except Exception as error:
-        wrong(told, f"raised {type(error).__name__}: {error}; expected {kind.__name__}", read)
-    wrong(told, f"raised nothing; expected {kind.__name__}", read)
+    except StudentError as error:
+        if error.unwritten or "Missing" in error.kinds:
+            raise
+        if kind.__name__ not in error.kinds:
+            wrong(told, f"{error.told}; expected {kind.__name__}", read)
+    else:
+        wrong(told, f"raised nothing; expected {kind.__name__}", read)
 
 
 def unchanged(told, before, after):
@@ -163,47 +178,31 @@ def unchanged(told, before, after):
 
 
 def attempt(check, student, seed):
-    """Run one check: None if it passed, else the message for the student, whatever the code raises."""
-    student.doing = ""
+    """Run one check: None if it passed, else the message for the student; Gone if a new process is due."""
+    student.begin()
     try:
         check.function(student, seed)
-    except BaseException as error:  # sys.exit and KeyboardInterrupt, too
-        return explain(error, student)
+    except Gone:
+        raise
+    except Wrong as error:
+        return str(error)
+    except StudentError as error:
+        return explain(error, student.doing)
+    except Exception as error:  # an answer of a strange kind
+        return f"{student.doing}\ngave {type(error).__name__}: {error}"[:1000]
     return None
 
 
-def explain(error, student=None, path=None):
-    """An error as a message: of a check as it is, of a student's code with the line that raised it."""
-    path, doing = (path, "") if student is None else (student.path, student.doing)
-    if isinstance(error, Wrong) or (isinstance(error, AssertionError) and not raised_in(error, path)):
+def explain(error, doing=""):
+    """An error of a student's code as a message, with the line that raised it."""
+    if "Missing" in error.kinds:
         return str(error)
-    if isinstance(error, NotImplementedError):
+    if error.unwritten:
         return f"not written yet: {error}"
-    kind = "called sys.exit" if isinstance(error, SystemExit) else f"raised {type(error).__name__}"
-    lines = [doing] * bool(doing) + [f"{kind}: {error}"[:1000]]
-    if frame := raised_in(error, path):
-        lines.append(f"in line {frame.lineno} of {Path(frame.filename).name}: {frame.line}")
-    if raises_itself(error, path) and doing:
+    lines = [doing, error.told[:1000], error.where]
+    if error.raised and doing:
         lines.append("Read again: the recipe, on this error: it is a `raise` of your own, and none is due")
-    return "\n".join(lines)
-
-
-def raises_itself(error, path):
-    """Whether a `raise` of the student's code raised this error, and not for want of an exercise."""
-    frame = raised_in(error, path)
-    if frame is None or isinstance(error, NotImplementedError):
-        return False
-    return bool(re.search(r"\braise\b", frame.line or ""))
-
-
-def raised_in(error, path):
-    """The innermost line on the error's way that is in the student's folder and not the grader's."""
-    ours = {Path(__file__).resolve().parent / name for name in ("exercises.py", "adapter.py", "grade.py")}
-    folder, frames = Path(path).resolve().parent, traceback.extract_tb(error.__traceback__)[-400:]
-    files = [Path(frame.filename).resolve() for frame in frames]
-    theirs = [frame for frame, file in zip(frames, files)
-              if folder in file.parents and file not in ours and "site-packages" not in file.parts]
-    return theirs[-1] if theirs else None
+    return "\n".join(filter(None, lines))
 
 
 def dot(a, b):
@@ -246,7 +245,7 @@ def of_each(function, xi, X, *settings):
     return [function(state, X.tolist(), *settings) for state in xi.tolist()]
 
 
-@check(1, 2, "the energy is that of the loops")
+@check(1, "the energy is that of the loops")
 def energy_by_loops(student, seed):
     xi, X = draw(seed, (2, 3), (4, 3))
     beta = number(seed, 0.3, 0.9)
@@ -255,7 +254,7 @@ def energy_by_loops(student, seed):
            beta=beta)
 
 
-@check(1, 2, "tau and alpha stand where equation 9 has them")
+@check(1, "tau and alpha stand where equation 9 has them")
 def energy_tau_alpha(student, seed):
     xi, X = draw(seed + 1, (2, 3), (4, 3))
     tau, alpha, beta = number(seed, 0.1, 0.5), number(seed, 1.5, 3.0), number(seed, 0.5, 0.9)
@@ -266,14 +265,14 @@ def energy_tau_alpha(student, seed):
            "equation 9: alpha weighs one of the two terms", tau=tau, alpha=alpha, beta=beta)
 
 
-@check(1, 1, "beta is 1/sqrt(d) by default")
+@check(1, "beta is 1/sqrt(d) by default")
 def energy_default_beta(student, seed):
     xi, X = draw(seed + 2, (2, 4), (3, 4))
     expect(student, "energy", dict(xi=xi, X=X), of_each(slow_energy, xi, X, 1, 1, 4**-0.5),
            "the footnote of Algorithm 1. d is the length of one state, here 4")
 
 
-@check(1, 1, "the energy of large scores does not overflow")
+@check(1, "the energy of large scores does not overflow")
 def energy_large(student, seed):
     scale = 100.0 * (1 + seed % 5)
     xi, X = torch.tensor([[scale, 0.0]]).double(), torch.tensor([[scale, 0.0], [0.0, scale]]).double()
@@ -282,7 +281,7 @@ def energy_large(student, seed):
            beta=1.0)
 
 
-@check(1, 2, "the gradient is that of the energy")
+@check(1, "the gradient is that of the energy")
 def gradient_by_nudging(student, seed):
     xi, X = draw(seed + 3, (2, 3), (4, 3))
     read = "equation 6: it is the derivative of equation 9 with respect to xi, here measured by nudging xi"
@@ -292,7 +291,7 @@ def gradient_by_nudging(student, seed):
            read, tau=tau, alpha=alpha, beta=beta)
 
 
-@check(1, 1, "the gradient is in closed form, without autograd")
+@check(1, "the gradient is in closed form, without autograd")
 def gradient_closed_form(student, seed):
     with torch.inference_mode():
         xi, X = draw(seed + 4, (2, 3), (4, 3))
@@ -302,7 +301,7 @@ def gradient_closed_form(student, seed):
                "off: ")
 
 
-@check(1, 1, "descend takes K steps of size gamma")
+@check(1, "descend takes K steps of size gamma")
 def descend_by_loops(student, seed):
     xi, X = draw(seed + 5, (2, 3), (4, 3))
     before, gamma, tau = xi.clone(), number(seed, 0.2, 0.7), number(seed, 0.4, 0.8)
@@ -312,7 +311,16 @@ def descend_by_loops(student, seed):
     unchanged(student.doing, dict(xi=before), dict(xi=xi))
 
 
-@check(1, 1, "with gamma = 1 the energy never rises")
+@check(1, "descend takes beta, and as many steps as K says")
+def descend_beta(student, seed):
+    xi, X = draw(seed + 8, (2, 3), (4, 3))
+    beta, K, alpha = number(seed, 1.0, 1.5), 4 + seed % 3, number(seed, 0.5, 0.9)
+    expect(student, "descend", dict(xi=xi, X=X), of_each(slow_descend, xi, X, 0.3, K, 1, alpha, beta),
+           "the update below equation 6: its gradient is that of the energy with the beta that was given",
+           gamma=0.3, K=K, alpha=alpha, beta=beta)
+
+
+@check(1, "with gamma = 1 the energy never rises")
 def energy_never_rises(student, seed):
     xi, X = draw(seed + 6, (3, 2), (4, 2), scale=2)
     energies = []
@@ -330,7 +338,7 @@ def energy_never_rises(student, seed):
                   "section 2.3, the sign of the update below equation 6")
 
 
-@check(1, 1, "dimensions in front are a batch")
+@check(1, "dimensions in front are a batch")
 def energy_batch(student, seed):
     xi, X = draw(seed + 7, (2, 2, 3, 4), (2, 2, 5, 4))
     for name, slow in (("energy", slow_energy), ("energy_gradient", slow_gradient)):
@@ -376,7 +384,7 @@ def expect_algorithm_1(student, seed, read, tau=1.0, alpha=1.0, gamma=1.0, K=1):
            **{name: value for name, value in options.items() if value != 1})
 
 
-@check(2, 2, "with all four numbers at 1 it is ordinary attention")
+@check(2, "with all four numbers at 1 it is ordinary attention")
 def attention_ordinary(student, seed):
     expect_algorithm_1(student, seed,
                        "Algorithm 1: with gamma = 1 the old query drops out; and its footnote: what is "
@@ -386,43 +394,43 @@ def attention_ordinary(student, seed):
            "the shapes in the docstring; this must equal F.scaled_dot_product_attention(q, k, v)")
 
 
-@check(2, 2, "tau = 0 is the mean of the values")
+@check(2, "tau = 0 is the mean of the values")
 def attention_uniform(student, seed):
     q, k, v = draw(seed + 1, (1, 1, 2, 2), (1, 1, 3, 2), (1, 1, 3, 2))
     expect(student, "energy_attention", dict(q=q, k=k, v=v), v.mean(-2, keepdim=True).expand_as(q),
            "Algorithm 1: what is softmax(0)? Uniform attention, and not 'off'", tau=0.0)
 
 
-@check(2, 2, "tau stands inside the softmax")
+@check(2, "tau stands inside the softmax")
 def attention_tau(student, seed):
     read = "Algorithm 1: what does tau multiply? tau < 1 flattens, tau > 1 sharpens"
     expect_algorithm_1(student, seed + 2, read, tau=number(seed, 0.1, 0.5))
     expect_algorithm_1(student, seed + 2, read, tau=number(seed, 2.0, 4.0))
 
 
-@check(2, 1, "alpha weighs the attended values alone")
+@check(2, "alpha weighs the attended values alone")
 def attention_alpha(student, seed):
     read = "Algorithm 1: alpha weighs one of the two terms in the brackets; alpha = 0 leaves (1 - gamma) * q"
     expect_algorithm_1(student, seed + 3, read, alpha=0.0, gamma=0.5)
     expect_algorithm_1(student, seed + 3, read, alpha=number(seed, 1.5, 3.0), gamma=number(seed, 0.3, 0.8))
 
 
-@check(2, 3, "with gamma below 1 the old query stays in part, untempered")
+@check(2, "with gamma below 1 the old query stays in part, untempered")
 def attention_residual(student, seed):
     read = "Algorithm 1: where does tau stand, and which of the three Q have none? (Listing 2 differs here)"
     expect_algorithm_1(student, seed + 4, read, gamma=number(seed, 0.3, 0.8))
     expect_algorithm_1(student, seed + 4, read, tau=number(seed, 0.1, 0.4), gamma=number(seed, 0.3, 0.8))
 
 
-@check(2, 2, "K steps are K passes through the loop")
+@check(2, "K steps are K passes through the loop")
 def attention_steps(student, seed):
     read = "Algorithm 1: each step starts from the query of the one before; keys, values and tau stay"
-    expect_algorithm_1(student, seed + 5, read, K=3)
+    expect_algorithm_1(student, seed + 5, read, K=2 + seed % 2)
     expect_algorithm_1(student, seed + 5, read, tau=number(seed, 0.2, 0.6), alpha=number(seed, 1.2, 2.0),
-                       gamma=number(seed, 0.4, 0.8), K=3)
+                       gamma=number(seed, 0.4, 0.8), K=4)
 
 
-@check(2, 1, "large scores do not overflow")
+@check(2, "large scores do not overflow")
 def attention_large(student, seed):
     q = 200 * (1 + seed % 5) * torch.eye(2, dtype=torch.float64)[None, None]
     v, = draw(seed, (1, 1, 2, 2))
@@ -430,7 +438,7 @@ def attention_large(student, seed):
            "softmax: exp(1000) is infinite in floating point. Each query fits one key alone here")
 
 
-@check(2, 1, "q, k and v are left as they are")
+@check(2, "q, k and v are left as they are")
 def attention_inputs(student, seed):
     inputs = dict(zip("qkv", draw(seed + 6, (1, 1, 2, 2), (1, 1, 3, 2), (1, 1, 3, 2))))
     before = {name: x.clone() for name, x in inputs.items()}
@@ -459,7 +467,7 @@ def entropies(q, k, tau):
     return torch.tensor(values).double()
 
 
-@check(3, 2, "the entropy is that of the loops")
+@check(3, "the entropy is that of the loops")
 def entropy_by_loops(student, seed):
     q, k = draw(seed, (1, 1, 3, 2), (1, 1, 4, 2))
     expect(student, "attention_entropy", dict(q=q, k=k), entropies(q, k, 1),
@@ -469,7 +477,7 @@ def entropy_by_loops(student, seed):
            "the shapes in the docstring: one number a query")
 
 
-@check(3, 1, "at tau = 0 it is log(N)")
+@check(3, "at tau = 0 it is log(N)")
 def entropy_uniform(student, seed):
     N = 3 + seed % 4
     q, k = draw(seed + 1, (1, 1, 2, 2), (1, 1, N, 2))
@@ -477,7 +485,7 @@ def entropy_uniform(student, seed):
            f"section 3.1: tau = 0 is uniform attention, here over {N} keys", tau=0.0)
 
 
-@check(3, 2, "weights that vanish are no nan")
+@check(3, "weights that vanish are no nan")
 def entropy_of_zeros(student, seed):
     q = torch.tensor([[[[1.0, 0.0], [0.0, 1.0]]]]).double()
     k = torch.tensor([[[[3.0, 1.0], [1.0, 3.0], [-2.0, -2.0]]]]).double()[:, :, torch.randperm(
@@ -487,7 +495,7 @@ def entropy_of_zeros(student, seed):
            tau=1000.0 * (2 + seed % 3))
 
 
-@check(3, 1, "tau multiplies beta = 1/sqrt(D)")
+@check(3, "tau multiplies beta = 1/sqrt(D)")
 def entropy_tau(student, seed):
     q, k = draw(seed + 2, (1, 1, 2, 4), (1, 1, 3, 4))
     for tau in (number(seed, 0.2, 0.5), number(seed, 2.0, 4.0)):
@@ -495,7 +503,7 @@ def entropy_tau(student, seed):
                "the footnote of Algorithm 1", tau=tau)
 
 
-@check(3, 1, "the entropy falls as tau rises")
+@check(3, "the entropy falls as tau rises")
 def entropy_monotone(student, seed):
     q, k = draw(seed + 3, (1, 1, 2, 3), (1, 1, 4, 3))
     taus, values = [0.0, 0.1, 0.5, 1.0, 2.0, 5.0], []
@@ -510,19 +518,20 @@ def entropy_monotone(student, seed):
               "section 3.1: tau 'controls the sharpness of the softmax'")
 
 
-def expect_temperature(student, q, k, target, read):
-    student.doing = call("temperature_for_entropy", dict(q=q, k=k), target=round(target, 4))
-    tau = student.temperature_for_entropy(q, k, target, entropy=entropies)
+def expect_temperature(student, q, k, target, read, entropy=entropies, told="the grader's"):
+    student.doing = call("temperature_for_entropy", dict(q=q, k=k), target=round(target, 4),
+                         entropy=Named(told))
+    tau = student.temperature_for_entropy(q, k, target, entropy=entropy)
     if not isinstance(tau, (int, float, torch.Tensor)):
         wrong(student.doing, f"returned {show(tau)}; expected a number", read)
     tau = float(tau)
-    reached = float(entropies(q, k, tau).mean()) if 0 <= tau < math.inf else math.nan
+    reached = float(entropy(q, k, tau).mean()) if 0 <= tau < math.inf else math.nan
     if not abs(reached - target) <= 1e-3:
         wrong(student.doing, f"returned tau = {tau:.6g}, at which the mean entropy is {reached:.4f}; "
               f"expected {target:.4f}", read)
 
 
-@check(3, 2, "the temperature meets its target entropy")
+@check(3, "the temperature meets its target entropy")
 def temperature_meets_target(student, seed):
     q, k = draw(seed + 4, (1, 1, 3, 3), (1, 1, 4, 3))
     for share in (0.9, 0.5, 0.2):
@@ -533,7 +542,15 @@ def temperature_meets_target(student, seed):
                        "the recipe: these scores are small, so tau must be large; how far do you search?")
 
 
-@check(3, 1, "an entropy out of reach is a ValueError")
+@check(3, "the entropy that was handed in is the one that is met")
+def temperature_uses_entropy(student, seed):
+    q, k = draw(seed + 7, (1, 1, 3, 3), (1, 1, 4, 3))
+    expect_temperature(student, q, k, 0.6 * math.log(4),
+                       "the recipe: 'call the function that comes as the argument entropy'",
+                       lambda q, k, tau: entropies(q, k, 3 * tau), "the grader's, here that at 3 * tau")
+
+
+@check(3, "an entropy out of reach is a ValueError")
 def temperature_out_of_reach(student, seed):
     q, k = draw(seed + 6, (1, 1, 2, 2), (1, 1, 3, 2))
     for target in (number(seed, 1.2, 2.0), -number(seed, 0.1, 1.0)):
@@ -548,29 +565,34 @@ def temperature_out_of_reach(student, seed):
 # ------------------------------------------------------------------------------------------------
 
 
-def slow_rectified(n, q, k, v, tau, layers, rows):
-    """The answer to self-attention call n of a forward, one row of the batch at a time."""
-    answer = []
-    for row in range(len(q)):
-        chosen = n in layers and (rows is None or row in range(len(q))[rows])
-        part = slice(row, row + 1)
-        answer += of_each_query(slow_attention, q[part], k[part], v[part], tau if chosen else 1.0)
-    return torch.tensor(answer).double()
+def slow_rectified(n, q, k, v, tau, layers, rows=None, queries=None):
+    """The answer to self-attention call n of a forward, one query at a time: q, k, v (B, H, S, D)."""
+    B, H, S, _ = q.shape
+    answer = torch.empty_like(v)
+    for b in range(B):
+        for s in range(S):
+            row, query = rows is None or b in range(B)[rows], queries is None or s in range(S)[queries]
+            factor = tau if n in layers and row and query else 1.0
+            for h in range(H):
+                one = slow_attention(q[b, h, s].tolist(), k[b, h].tolist(), v[b, h].tolist(), factor)
+                answer[b, h, s] = torch.tensor(one)
+    return answer
 
 
-def forward_of(seed, keys, rows=1):
+def forward_of(seed, keys, rows=1, heads=1, queries=2):
     """A "model": the q, k, v of its attention calls, each with 2 queries and as many keys as `keys` says."""
-    return [draw(100 * seed + i, (rows, 1, 2, 2), (rows, 1, N, 2), (rows, 1, N, 2), scale=1.5)
+    return [draw(100 * seed + i, *[(rows, heads, length, 2) for length in (queries, N, N)], scale=1.5)
             for i, N in enumerate(keys)]
 
 
-def run(calls):
+def run(student, calls):
     """A forward: F.scaled_dot_product_attention for each call, as models do, on copies."""
-    return [F.scaled_dot_product_attention(q.clone(), k.clone(), v.clone()) for q, k, v in calls]
+    return [student.attend(q.clone(), k.clone(), v.clone()) for q, k, v in calls]
 
 
-def told_context(tau, layers, rows=None):
-    return f"with rectified({tau}, layers={layers!r}" + (f", rows={rows}" if rows is not None else "") + "):"
+def told_context(tau, layers, **slices):
+    options = dict(layers=layers, **slices)
+    return f"with rectified({tau}, {', '.join(f'{name}={value}' for name, value in options.items())}):"
 
 
 def told_forward(calls):
@@ -579,20 +601,22 @@ def told_forward(calls):
 
 
 def compare_forward(told, calls, answers, temperature, read):
-    """Raise Wrong unless row b of call n was answered at temperature(n, b); n is None if it is cross."""
+    """Raise Wrong unless query s of row b of call n has temperature(n, b, s); n is None if it is cross."""
     n = -1
     for i, ((q, k, v), answer) in enumerate(zip(calls, answers)):
         cross = q.shape[-2] != k.shape[-2]
         n += not cross
         kind = "cross-attention" if cross else f"self-attention {n}"
-        for b in range(len(q)):
-            tau, row = temperature(None if cross else n, b), slice(b, b + 1)
-            expected = slow_rectified(0, q[row], k[row], v[row], tau, [0], None)
-            plain = slow_rectified(0, q[row], k[row], v[row], 1.0, [0], None)
-            untouched = " (it was answered at 1.0)" * (tau != 1.0 and alike(answer[row], plain))
-            agree(f"{told}\nattention call {i} ({kind}), row {b}, must be answered at temperature "
-                  f"{tau}{untouched}\n  q = {show(q[row])}\n  k = {show(k[row])}\n  v = {show(v[row])}",
-                  answer[row], expected, read)
+        has_shape(f"{told}\nattention call {i} ({kind})", answer, q.shape, read)
+        for b, s in itertools.product(range(len(q)), range(q.shape[-2])):
+            tau = temperature(None if cross else n, b, s)
+            expected, plain = (
+                [slow_attention(query, keys, values, factor) for query, keys, values
+                 in zip(q[b, :, s].tolist(), k[b].tolist(), v[b].tolist())] for factor in (tau, 1.0))
+            untouched = " (it was answered at 1.0)" * (tau != 1.0 and alike(answer[b, :, s], plain))
+            agree(f"{told}\nattention call {i} ({kind}), query {s} of row {b}, must be answered at "
+                  f"temperature {tau}{untouched}\n" + listed(dict(q=q[b, :, s], k=k[b], v=v[b])),
+                  answer[b, :, s], expected, read)
 
 
 def alike(computed, expected):
@@ -603,26 +627,30 @@ def alike(computed, expected):
     return False
 
 
-def expect_forward(student, calls, tau, layers, read, rows=None):
-    """A forward within the student's context, and after it."""
-    student.doing = f"{told_context(tau, layers, rows)} {told_forward(calls)}"
-    with student.rectified(tau, layers) if rows is None else student.rectified(tau, layers, rows=rows):
-        answers = run(calls)
+def expect_forward(student, calls, tau, layers, read, **slices):
+    """A forward within the student's context; `slices` are rows and queries, those that there are."""
+    student.doing = f"{told_context(tau, layers, **slices)} {told_forward(calls)}"
+    with student.rectified(tau, layers, **slices):
+        answers = run(student, calls)
 
-    def temperature(n, b):
-        return tau if n in layers and (rows is None or b in range(len(calls[0][0]))[rows]) else 1.0
+    def temperature(n, b, s):
+        B, _, S, _ = calls[0][0].shape
+        rows, queries = slices.get("rows") or slice(None), slices.get("queries") or slice(None)
+        return tau if n in layers and b in range(B)[rows] and s in range(S)[queries] else 1.0
 
     compare_forward(student.doing, calls, answers, temperature, read)
 
 
-def expect_plain(told, calls, function, read):
+def expect_plain(student, calls, read):
     """Raise Wrong unless attention is what it was."""
-    compare_forward(f"{told}\nand after it {told_forward(calls)}", calls, run(calls), lambda n, b: 1.0, read)
-    if F.scaled_dot_product_attention is not function:
+    told = student.doing
+    compare_forward(f"{told}\nand after it {told_forward(calls)}", calls, run(student, calls),
+                    lambda n, b, s: 1.0, read)
+    if not student.same():
         wrong(told, "F.scaled_dot_product_attention is not the function that it was before", read)
 
 
-@check(4, 2, "an attention call is answered at temperature tau")
+@check(4, "an attention call is answered at temperature tau")
 def rectified_single(student, seed):
     read = "section 3.1: tau multiplies beta; in code, scaling the queries by tau does it"
     expect_forward(student, forward_of(seed, (2,)), number(seed, 0.1, 0.4), [0], read)
@@ -630,7 +658,7 @@ def rectified_single(student, seed):
                    "section 3.1: tau = 0 is uniform attention, not 'off'")
 
 
-@check(4, 2, "the chosen layers run at temperature tau, the others at 1")
+@check(4, "the chosen layers run at temperature tau, the others at 1")
 def rectified_layers(student, seed):
     read = "appendix C: 'attention blocks between l_min and l_max'; layers are numbered from 0"
     tau = number(seed, 0.1, 0.4)
@@ -638,34 +666,69 @@ def rectified_layers(student, seed):
     expect_forward(student, forward_of(seed + 1, (2, 2, 2, 2)), tau, {0, 3}, read)
 
 
-@check(4, 2, "cross-attention is left alone and not counted")
+@check(4, "cross-attention is left alone and not counted")
 def rectified_cross(student, seed):
     expect_forward(student, forward_of(seed + 3, (2, 3, 2, 3, 2)), number(seed, 0.1, 0.4), {1},
                    "the recipe: self-attention has as many queries as keys; only it is tempered, and counted")
 
 
-@check(4, 3, "only the rows of the slice are tempered")
+@check(4, "only the rows of the slice are tempered")
 def rectified_rows(student, seed):
     read = "section 3.1: only 'the negative/unconditional prediction part' is rectified: rows of the slice"
     tau = number(seed, 0.1, 0.4)
     expect_forward(student, forward_of(seed + 4, (2, 2), rows=4), tau, {0}, read, rows=slice(2, 4))
-    expect_forward(student, forward_of(seed + 5, (2, 2), rows=4), tau, {1}, read, rows=slice(1, 3))
+    expect_forward(student, forward_of(seed + 5, (2, 2), rows=4, heads=2), tau, {1}, read, rows=slice(1, 3))
     expect_forward(student, forward_of(seed + 5, (2, 2), rows=3), tau, {0, 1}, read, rows=slice(None, 1))
 
 
-@check(4, 1, "masks are passed on, untempered")
-def rectified_mask(student, seed):
-    (q, k, v), = forward_of(seed + 6, (2,))
-    bias = draw(seed, (2, 2))[0] + torch.tensor([[2.0, -2.0], [0.0, 1.0]]).double()
+@check(4, "only the queries of the slice are tempered")
+def rectified_queries(student, seed):
+    read = "the recipe: in joint attention the image's queries are tempered, and those of the text are not"
     tau = number(seed, 0.1, 0.4)
-    for told, args, options in (("attn_mask=mask", (), dict(attn_mask=bias.clone())),
-                                ("mask", (bias.clone(),), {})):
-        student.doing = (f"{told_context(tau, [0])} F.scaled_dot_product_attention(q, k, v, {told}) with\n"
-                         + listed(dict(q=q, k=k, v=v, mask=bias)))
-        with student.rectified(tau, [0]):
-            answer = F.scaled_dot_product_attention(q.clone(), k, v, *args, **options)
-        agree(student.doing, answer, slow_masked(q, k, v, tau * 2**-0.5, bias),
-              "the recipe: tau belongs to q k^T, and a mask that is added to it is passed on as it is")
+    for i, (queries, layer) in enumerate([(slice(0, 3), 0), (slice(1, 3), 1), (slice(2, None), 0)]):
+        calls = forward_of(seed + 14 + i, (4, 4), heads=1 + i % 2, queries=4)
+        expect_forward(student, calls, tau, {layer}, read, queries=queries)
+
+
+@check(4, "with rows and queries, these queries of these rows are tempered")
+def rectified_rows_and_queries(student, seed):
+    expect_forward(student, forward_of(seed + 17, (3,), rows=3, queries=3), number(seed, 0.1, 0.4), [0],
+                   "the recipe: a query is tempered if its row and itself are chosen",
+                   rows=slice(1, 3), queries=slice(0, 2))
+
+
+@check(4, "masks are passed on, untempered")
+def rectified_mask(student, seed):
+    tau, calls = number(seed, 0.1, 0.4), forward_of(seed + 6, (2,))
+    bias = draw(seed, (2, 2))[0] + torch.tensor([[2.0, -2.0], [0.0, 1.0]]).double()
+    read = "the recipe: tau belongs to q k^T, and a mask that is added to it is passed on as it is"
+    for by_name in (True, False):
+        expect_masked(student, calls, bias, tau, [0], [tau], read, by_name)
+
+
+@check(4, "calls that are left alone keep their mask")
+def rectified_mask_elsewhere(student, seed):
+    tau, calls = number(seed, 0.1, 0.4), forward_of(seed + 18, (2, 3, 2))
+    bias = draw(seed + 1, (2, 3))[0] + torch.tensor([[2.0, -2.0, 0.0], [0.0, 1.0, -1.0]]).double()
+    expect_masked(student, calls, bias, tau, [1], [1.0, 1.0, tau],
+                  "the recipe: the call is handed on 'with everything else that it was given'")
+
+
+def expect_masked(student, calls, bias, tau, layers, factors, read, by_name=True):
+    """A forward with an additive mask in every call; `factors` are the temperatures of the calls."""
+    student.doing = f"{told_context(tau, layers)} {told_forward(calls)}, each with an additive mask"
+    with student.rectified(tau, layers):
+        answers = []
+        for q, k, v in calls:
+            mask = bias[:, :k.shape[-2]].clone()
+            answers.append(student.attend(q.clone(), k, v, attn_mask=mask) if by_name else
+                           student.attend(q.clone(), k, v, mask))
+    for i, ((q, k, v), answer, factor) in enumerate(zip(calls, answers, factors)):
+        mask = bias[:, :k.shape[-2]]
+        told = f"F.scaled_dot_product_attention(q, k, v, {'attn_mask=' * by_name}mask)"
+        agree(f"{student.doing}\ncall {i}, {told}, must be answered at temperature {factor}\n"
+              + listed(dict(q=q, k=k, v=v, mask=mask)), answer,
+              slow_masked(q, k, v, factor * 2**-0.5, mask), read)
 
 
 def slow_masked(q, k, v, factor, bias):
@@ -677,38 +740,36 @@ def slow_masked(q, k, v, factor, bias):
     return [[answer]]
 
 
-@check(4, 1, "scale and is_causal are passed on, and all may come by name")
+@check(4, "scale and is_causal are passed on, and all may come by name")
 def rectified_options(student, seed):
     (q, k, v), = forward_of(seed + 7, (2,))
     tau, scale = number(seed, 0.1, 0.4), number(seed, 1.0, 2.0)
     causal, inputs = torch.tensor([[0.0, -math.inf], [0.0, 0.0]]), dict(q=q, k=k, v=v)
     read = "the recipe: the call is handed on 'with everything else that it was given'"
-    for named, options, expected in (
-            (False, dict(scale=scale), slow_masked(q, k, v, tau * scale, torch.zeros(2, 2))),
-            (False, dict(is_causal=True), slow_masked(q, k, v, tau * 2**-0.5, causal)),
-            (True, dict(), slow_masked(q, k, v, tau * 2**-0.5, torch.zeros(2, 2)))):
-        told = ", ".join(["query=q, key=k, value=v" if named else "q, k, v",
-                          *(f"{n}={x}" for n, x in options.items())])
+    for args, options, expected in (
+            ((q, k, v), dict(scale=scale), slow_masked(q, k, v, tau * scale, torch.zeros(2, 2))),
+            ((q, k, v), dict(is_causal=True), slow_masked(q, k, v, tau * 2**-0.5, causal)),
+            ((), dict(query=q, key=k, value=v), slow_masked(q, k, v, tau * 2**-0.5, torch.zeros(2, 2)))):
+        told = ", ".join([*"qkv"][:len(args)] + [f"{n}={n[0] if n in ('query', 'key', 'value') else x}"
+                                                  for n, x in options.items()])
         student.doing = (f"{told_context(tau, [0])} F.scaled_dot_product_attention({told}) with\n"
                          + listed(inputs))
         with student.rectified(tau, [0]):
-            answer = (F.scaled_dot_product_attention(query=q.clone(), key=k, value=v) if named else
-                      F.scaled_dot_product_attention(q.clone(), k, v, **options))
+            answer = student.attend(*args, **options)
         agree(student.doing, answer, expected, read)
 
 
-@check(4, 1, "after the context all is as it was")
+@check(4, "after the context all is as it was")
 def rectified_restores(student, seed):
     calls, tau = forward_of(seed + 8, (2, 2), rows=2), number(seed, 0.1, 0.4)
-    function = F.scaled_dot_product_attention
     before = [[x.clone() for x in call] for call in calls]
     student.doing = f"{told_context(tau, [0, 1])} {told_forward(calls)}"
-    plain = run(calls)
+    plain = run(student, calls)
     with student.rectified(tau, [0, 1]):
-        require_effect(student.doing, plain, [F.scaled_dot_product_attention(*call) for call in calls])
+        require_effect(student.doing, plain, [student.attend(*call) for call in calls])
     for old, new in zip(before, calls):
         unchanged(student.doing, dict(zip("qkv", old)), dict(zip("qkv", new)))
-    expect_plain(student.doing, calls, function, "the recipe: at the end put everything back")
+    expect_plain(student, calls, "the recipe: at the end put everything back")
 
 
 def require_effect(told, plain, answers):
@@ -722,58 +783,57 @@ class Interruption(Exception):
     """What a model might raise in the middle of a forward."""
 
 
-@check(4, 1, "after an exception, too, and it passes through")
+@check(4, "after an exception, too, and it passes through")
 def rectified_exception(student, seed):
     calls, tau = forward_of(seed + 9, (2, 2)), number(seed, 0.1, 0.4)
-    function = F.scaled_dot_product_attention
     student.doing = f"{told_context(tau, [0, 1])} a forward that raises an error after its first call"
     try:
-        plain = run(calls[:1])
+        plain = run(student, calls[:1])
         with student.rectified(tau, [0, 1]):
-            require_effect(student.doing, plain, run(calls[:1]))
+            require_effect(student.doing, plain, run(student, calls[:1]))
             raise Interruption("this is the model's own error")
     except Interruption:
         pass
-    except Exception as error:
+    except StudentError as error:
         if not isinstance(error.__context__, Interruption):
             raise
-        wrong(student.doing, f"raised {type(error).__name__}: {error}, in place of the error of the model",
+        wrong(student.doing, f"{error.told}, in place of the error of the model",
               "the recipe: an exception 'passes through'; is the test for missed layers skipped then?")
     else:
         wrong(student.doing, "lost its error: the context swallowed it", "the recipe: 'which passes through'")
-    expect_plain(student.doing, calls, function,
+    expect_plain(student, calls,
                  "the recipe: 'also after an exception'; which statement of Python is for that?")
 
 
-@check(4, 1, "a chosen layer that is never met is a RuntimeError")
+@check(4, "a chosen layer that is never met is a RuntimeError")
 def rectified_missed(student, seed):
     calls = forward_of(seed + 10, (2, 2, 3))
     for layers in ({7 + seed % 3}, {0, 2}):
         student.doing = f"{told_context(0.1, layers)} a forward of self-attention 0, 1 and a cross-attention"
         context = student.rectified(0.1, layers)
         context.__enter__()  # neither this nor the forward may raise
-        run(calls)
+        run(student, calls)
         read = "the recipe: every chosen layer must have been met when the forward ends"
         with expect_error(RuntimeError, student.doing, read):
             context.__exit__(None, None, None)
 
 
-@check(4, 1, "contexts nest")
+@check(4, "contexts nest")
 def rectified_nested(student, seed):
-    calls, function = forward_of(seed + 11, (2, 2, 2)), F.scaled_dot_product_attention
+    calls = forward_of(seed + 11, (2, 2, 2))
     outer, inner = number(seed, 0.1, 0.2), number(seed, 0.3, 0.4)
     student.doing = (f"{told_context(outer, [0, 2])}\n    {told_context(inner, [1])} the first two calls\n"
                      "    then the third")
     with student.rectified(outer, [0, 2]):
         with student.rectified(inner, [1]):
-            answers = run(calls[:2])
-        answers += run(calls[2:])
-    compare_forward(student.doing, calls, answers, lambda n, b: (outer, inner, outer)[n],
+            answers = run(student, calls[:2])
+        answers += run(student, calls[2:])
+    compare_forward(student.doing, calls, answers, lambda n, b, s: (outer, inner, outer)[n],
                     "the recipe: the inner context hands its calls on to the outer one, and puts it back")
-    expect_plain(student.doing, calls, function, "the recipe: what was there before you, when you came?")
+    expect_plain(student, calls, "the recipe: what was there before you, when you came?")
 
 
-@check(4, 1, "each context counts anew")
+@check(4, "each context counts anew")
 def rectified_anew(student, seed):
     tau, read = number(seed, 0.1, 0.4), "the recipe: 'anew in each context'"
     expect_forward(student, forward_of(seed + 12, (2, 2)), tau, [0], read)
@@ -796,8 +856,7 @@ class ToyModel:
     def attend(self, tokens):  # (B, T, 2)
         for n in range(2):
             q, k, v = (tokens[:, None] @ w for w in self.weights[n])  # each (B, 1, T, 2)
-            tau, layers, rows = self.settings or (1.0, (), None)
-            tokens = tokens + slow_rectified(n, q, k, v, tau, layers, rows)[:, 0]
+            tokens = tokens + slow_rectified(n, q, k, v, *self.settings or (1.0, ()))[:, 0]
         return tokens
 
 
@@ -828,14 +887,14 @@ class Rectify:
     def __init__(self, model):
         self.model, self.calls, self.uses = model, 0, []
 
-    def __call__(self, tau, layers, rows=None):
+    def __call__(self, tau, layers, rows=None, queries=None):
         self.calls += 1
-        return self.context(tau, layers, rows)
+        return self.context(tau, layers, rows, queries)
 
     @contextlib.contextmanager
-    def context(self, tau, layers, rows):
-        self.uses.append((tau, layers, rows))
-        before, self.model.settings = self.model.settings, (tau, layers, rows)
+    def context(self, *settings):
+        self.uses.append(settings)
+        before, self.model.settings = self.model.settings, settings
         try:
             yield
         finally:
@@ -860,14 +919,14 @@ def encodings(student, seed, L=3, tau=None):
     tau = number(seed, 0.1, 0.4) if tau is None else tau
     student.doing = call("encode", dict(encoder=Named("a toy encoder of two layers"), tokens=tokens),
                          tau=tau, layers=layers, rectify=Named("the grader's"))
-    expected = slow_encode(ToyEncoder(seed), ToyEncoder(seed, settings=(tau, layers, None)), tokens)
+    expected = slow_encode(ToyEncoder(seed), ToyEncoder(seed, settings=(tau, layers)), tokens)
     rectify = Rectify(encoder)
     try:
         answer = student.encode(encoder, tokens, tau, layers, rectify=rectify)
-    except Exception as error:
-        if torch.allclose(*expected) or not raises_itself(error, student.path):
+    except StudentError as error:
+        if torch.allclose(*expected) or not error.raised:
             raise
-        wrong(student.doing, f"raised {type(error).__name__}: {error}\nuntil then it "
+        wrong(student.doing, f"{error.told}\nuntil then it "
               f"{misused(encoder, rectify) or 'ran the encoder as it should, and the encodings differ'}",
               ONE_OF_TWO)
     if not isinstance(answer, (tuple, list)) or len(answer) != 2:
@@ -886,7 +945,7 @@ def misused(encoder, rectify):
     return rectify.never_used() or (told if sorted(runs) != ["plain", "rectified"] else None)
 
 
-@check(5, 2, "the strong encoding is the encoder's own")
+@check(5, "the strong encoding is the encoder's own")
 def encode_strong(student, seed):
     told, (strong, _), expected, encoder, _ = encodings(student, seed)
     if encoder.forwards and all(settings for _, settings in encoder.forwards):
@@ -896,7 +955,7 @@ def encode_strong(student, seed):
           "section 3.2: phi_c = Enc(c), and the order of the two in the docstring")
 
 
-@check(5, 3, "the weak encoding is that within the context")
+@check(5, "the weak encoding is that within the context")
 def encode_weak(student, seed):
     told, (_, weak), expected, encoder, rectify = encodings(student, seed + 1)
     if unused := rectify.never_used():
@@ -906,26 +965,26 @@ def encode_weak(student, seed):
           "and the order of the two in the docstring")
 
 
-@check(5, 1, "rectify gets tau and layers, and acts on the whole batch")
+@check(5, "rectify gets tau and layers, and acts on all rows and queries")
 def encode_settings(student, seed):
     told, *_, rectify = encodings(student, seed + 2)
-    wanted = (number(seed + 2, 0.1, 0.4), [(seed + 2) % 2], None)
-    uses = [(tau, list(layers), rows) for tau, layers, rows in rectify.uses]
+    wanted = (number(seed + 2, 0.1, 0.4), [(seed + 2) % 2], None, None)
+    uses = [(tau, list(layers), *slices) for tau, layers, *slices in rectify.uses]
     if unused := rectify.never_used():
         wrong(told, unused, ONE_OF_TWO)
     if uses != [wanted]:
-        wrong(told, f"called rectify with (tau, layers, rows) = {uses}; expected one call with {wanted}",
-              "the recipe")
+        wrong(told, f"called rectify with (tau, layers, rows, queries) = {uses}; expected one call with "
+              f"{wanted}", "the recipe")
 
 
-@check(5, 1, "the encoder runs twice, once of it in the context")
+@check(5, "the encoder runs twice, once of it in the context")
 def encode_runs(student, seed):
     told, *_, encoder, rectify = encodings(student, seed + 3)
     if problem := misused(encoder, rectify):
         wrong(told, problem, ONE_OF_TWO)
 
 
-@check(5, 1, "equal encodings are a ValueError")
+@check(5, "equal encodings are a ValueError")
 def encode_equal(student, seed):
     for L, tau, why in ((3, 1.0, "tau = 1 changes nothing"),
                         (1, 0.1, "one token attends to itself, whatever tau is")):
@@ -943,78 +1002,93 @@ def slow_guided_velocity(plain, rectified, x, t, condition, negative, w, kappa):
     return w * v_pos + (1 - w) * v_neg
 
 
-def expect_guided(student, seed, t, kappa, read, w=None, has_negative=True):
-    """guided_velocity against two forwards; returns the model's forwards and the conditions."""
-    x, condition, negative = draw(seed, (2, 1, 2), (2, 2, 2), (2, 2, 2), scale=0.5)
+def expect_guided(student, seed, late, read, w=None, has_negative=True, queries=None):
+    """guided_velocity against two forwards, at a time after kappa, before it, or (late=None) at it.
+
+    Returns the model's forwards, their number of rows, and the conditions.
+    """
+    B, kappa = 1 + seed % 3, number(seed, 0.1, 0.25) if late else number(seed, 0.6, 0.8)
+    t = kappa if late is None else round(kappa + number(seed + 1, 0.05, 0.15) * (1 if late else -1), 2)
+    x, condition, negative = draw(seed, (B, 3, 2), (B, 2, 2), (B, 2, 2), scale=0.5)
     negative, w = negative if has_negative else None, number(seed, 1.5, 4.0) if w is None else w
     model, layers, tau_i = ToyDenoiser(seed), [seed % 2], number(seed, 0.05, 0.2)
     inputs = dict(model=Named("a toy denoiser of two layers"), x=x, t=t, condition=condition,
                   negative=negative)
-    student.doing = call("guided_velocity", inputs, w=w, tau_i=tau_i, layers=layers, kappa=kappa,
-                         rectify=Named("the grader's"))
-    models = ToyDenoiser(seed), ToyDenoiser(seed, settings=(tau_i, layers, None))
+    settings = dict(w=w, tau_i=tau_i, layers=layers, kappa=kappa)
+    if queries is not None:
+        settings["queries"] = queries
+    student.doing = call("guided_velocity", inputs, **settings, rectify=Named("the grader's"))
+    models = ToyDenoiser(seed), ToyDenoiser(seed, settings=(tau_i, layers, None, queries))
     expected, v_pos, v_neg = (slow_guided_velocity(*models, x, t, condition, negative, weight, kappa)
                               for weight in (w, 1, 0))
     rectify = Rectify(model)
-    answer = student.guided_velocity(model, x, t, condition, negative, w, tau_i, layers, kappa,
-                                     rectify=rectify)
+    answer = student.guided_velocity(model, x, t, condition, negative, **settings, rectify=rectify)
     if rectify.calls and not rectify.uses and t > kappa and w != 1:
         wrong(student.doing, rectify.never_used(), "the recipe: the forward belongs in the context")
     agree(f"{student.doing}\n(where v_pos is {show(v_pos)}, and v_neg {show(v_neg)})", answer, expected, read)
-    return model.forwards, condition, negative
+    return model.forwards, B, condition, negative
 
 
 def expect_rows(student, forwards, rows, read):
     found = [n for n, _ in forwards]
-    if found != rows:
-        wrong(student.doing, f"ran the model {len(found)} times, with {found} rows; expected {rows}", read)
+    if found != [rows]:
+        wrong(student.doing, f"ran the model {len(found)} times, with {found} rows; expected one run, with "
+              f"{rows}", read)
 
 
-@check(6, 3, "after kappa it is equation 10, the negative rectified")
+@check(6, "after kappa it is equation 10, the negative rectified")
 def guided_late(student, seed):
-    expect_guided(student, seed, 0.75, 0.25,
-                  "equation 10: the weights are w and 1 - w; v_neg is the rectified model with the "
-                  "negative's condition, v_pos neither")
+    for i in range(3):  # B is 1, 2 and 3
+        expect_guided(student, seed + i, True, "equation 10: the weights are w and 1 - w; v_neg is the "
+                      "rectified model with the negative's condition, v_pos neither")
 
 
-@check(6, 2, "one forward of 2B rows, the positive ones first")
+@check(6, "one forward of 2B rows, the positive ones first")
 def guided_batched(student, seed):
-    forwards, condition, negative = expect_guided(student, seed + 1, 0.75, 0.25, "equation 10")
-    expect_rows(student, forwards, [4], "the recipe: B is 2 here")
+    forwards, B, condition, negative = expect_guided(student, seed + 3, True, "equation 10")
+    expect_rows(student, forwards, 2 * B, f"the recipe: B is {B} here")
     agree(student.doing, forwards[0][1], torch.cat([condition, negative]),
           "the recipe: 'the positive ones first'", verb="called the model with the conditions")
 
 
-@check(6, 2, "up to and at kappa the negative is not rectified")
+@check(6, "up to and at kappa the negative is not rectified")
 def guided_early(student, seed):
     read = "appendix C: I-ERG is 'only applied if t > kappa', C-ERG 'for all timesteps'"
-    expect_guided(student, seed + 2, 0.25, 0.5, read)
-    expect_guided(student, seed + 3, 0.25, 0.25, read)
+    expect_guided(student, seed + 4, False, read)
+    expect_guided(student, seed + 5, None, read)
 
 
-@check(6, 1, "w = 1 is one plain forward of B rows")
+@check(6, "w = 1 is one plain forward of B rows")
 def guided_off(student, seed):
-    forwards, *_ = expect_guided(student, seed + 4, 0.75, 0.25, "equation 10 with w = 1", w=1.0)
-    expect_rows(student, forwards, [2], "the recipe: the negative has no weight with w = 1; B is 2 here")
+    forwards, B, *_ = expect_guided(student, seed + 6, True, "equation 10 with w = 1", w=1.0)
+    expect_rows(student, forwards, B, f"the recipe: the negative has no weight with w = 1; B is {B} here")
 
 
-@check(6, 2, "without a negative it is the same condition, rectified after kappa")
+@check(6, "without a negative it is the same condition, rectified after kappa")
 def guided_same(student, seed):
-    expect_guided(student, seed + 5, 0.75, 0.25,
+    expect_guided(student, seed + 7, True,
                   "the recipe: None stands for the condition itself, and after kappa "
                   "the negative rows are rectified as ever", has_negative=False)
 
 
-@check(6, 1, "without a negative and up to kappa it is one plain forward of B rows")
+@check(6, "without a negative and up to kappa it is one plain forward of B rows")
 def guided_same_early(student, seed):
-    forwards, *_ = expect_guided(student, seed + 6, 0.25, 0.25, "equation 10 with v_neg = v_pos",
-                                 has_negative=False)
-    expect_rows(student, forwards, [2], "the recipe: the negative equals the positive here; B is 2")
+    forwards, B, *_ = expect_guided(student, seed + 8, None, "equation 10 with v_neg = v_pos",
+                                    has_negative=False)
+    expect_rows(student, forwards, B, f"the recipe: the negative equals the positive here; B is {B}")
 
 
-@check(6, 1, "w = 0 is the negative alone")
+@check(6, "w = 0 is the negative alone")
 def guided_negative(student, seed):
-    expect_guided(student, seed + 7, 0.75, 0.25, "equation 10: the weights are w and 1 - w", w=0.0)
+    expect_guided(student, seed + 9, True, "equation 10: the weights are w and 1 - w", w=0.0)
+
+
+@check(6, "queries are handed to rectify")
+def guided_queries(student, seed):
+    expect_guided(student, seed + 10, True, "the recipe: of the negative rows, `queries` alone are tempered: "
+                  "those of the image", queries=slice(0, 3))
+    expect_guided(student, seed + 11, True, "the recipe: `queries` is what the caller says",
+                  queries=slice(2, 4))
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1035,14 +1109,14 @@ def expect_sample(student, told, velocity, noise, expected, read, **options):
     agree(student.doing, student.sample(velocity, noise, **options), expected, read)
 
 
-@check(7, 1, "a constant velocity is exact")
+@check(7, "a constant velocity is exact")
 def sample_constant(student, seed):
-    noise, v = draw(seed, (2, 3), (2, 3))
+    noise, v = draw(seed, (2, 1, 3), (2, 1, 3))
     expect_sample(student, show(v), lambda x, t: v, noise, noise + v,
                   "section 2.1: v = data - noise, so x moves by v in total", steps=2 + seed % 4)
 
 
-@check(7, 2, "a flow to one point ends in the point")
+@check(7, "a flow to one point ends in the point")
 def sample_point(student, seed):
     noise, point = draw(seed + 1, (2, 3), (3,))
 
@@ -1058,7 +1132,7 @@ def sample_point(student, seed):
                       "Euler's method follows it exactly", steps=steps)
 
 
-@check(7, 1, "the velocity is asked for at t = 0, 1/steps, ..., never at 1")
+@check(7, "the velocity is asked for at t = 0, 1/steps, ..., never at 1")
 def sample_times(student, seed):
     noise, steps, times = draw(seed + 2, (1, 2))[0], 3 + seed % 3, []
 
@@ -1073,7 +1147,7 @@ def sample_times(student, seed):
           verb="called velocity at t =")
 
 
-@check(7, 1, "the trajectory has all of x, the noise first")
+@check(7, "the trajectory has all of x, the noise first")
 def sample_trajectory(student, seed):
     noise, rate = draw(seed + 3, (2, 1))[0], number(seed, 0.5, 1.5)
 
@@ -1088,7 +1162,7 @@ def sample_trajectory(student, seed):
                   steps=3, trajectory=True)
 
 
-@check(7, 1, "the error falls as 1/steps")
+@check(7, "the error falls as 1/steps")
 def sample_converges(student, seed):
     noise, rate, errors = torch.ones(1, 1).double(), number(seed, 0.5, 1.5), []
     for steps in (50, 100):
@@ -1104,7 +1178,7 @@ def sample_converges(student, seed):
               "the equation in the docstring")
 
 
-@check(7, 1, "the noise is left as it is")
+@check(7, "the noise is left as it is")
 def sample_noise(student, seed):
     noise = draw(seed + 4, (2, 3))[0]
     before = noise.clone()
@@ -1116,7 +1190,7 @@ def sample_noise(student, seed):
         wrong(student.doing, f"returned {show(x)}: nothing moved", "the docstring")
 
 
-@check(7, 1, "less than one step is a ValueError")
+@check(7, "less than one step is a ValueError")
 def sample_steps(student, seed):
     noise = draw(seed + 5, (1, 2))[0]
     for steps in (0, -1 - seed % 3):

@@ -1,24 +1,27 @@
 """Grade a student's file: a table of points, and a message for every check that failed.
 
-    python assignment/grade.py my_solution.py                       # 80 points in a few seconds
+    python assignment/grade.py my_solution.py                       # 60 points in a few seconds
     python assignment/grade.py my_solution.py --only 2 5 --seed 7   # two exercises, other inputs
     python assignment/grade.py my_solution.py --json results.json   # also as Gradescope's results
-    python assignment/grade.py submission/solution.py --gradescope  # the same, where Gradescope looks for it
 
-A process of its own, the worker, imports the file and runs the checks one after another. It reports the
-beginning and the result of each through a pipe, in lines that begin with a random token; what the student's
-code prints is dropped. If a check takes longer than --timeout seconds, or ends its process, that check fails,
-and a new worker goes on with the next one. This stops accidents, not attackers: the student's code runs with
-your rights, and could find the token.
+The checks run here: inputs, expected values, comparison and points are in this process. The student's
+functions run in another one, worker.py, which is sent calls and sends back numbers. A check that takes longer
+than --timeout seconds, or ends that process, fails, and a new process goes on with the next one. At the end
+the process and all that it started are killed, and waited for, before the results are written.
+
+With --user N (for root alone) the student's code runs as that user, and so cannot write what you can write,
+read what is yours alone, or touch this process. INSTRUCTOR.md says what is protected without it.
 
 Exit status: 0 if it graded, whatever the points; 1 if the worker could not start; 2 for a wrong command line.
 """
 import argparse
 import contextlib
+import ctypes
+import functools
+import hashlib
 import json
 import os
 import queue
-import secrets
 import signal
 import subprocess
 import sys
@@ -26,104 +29,215 @@ import threading
 import time
 from pathlib import Path
 
-GRADESCOPE = Path("/autograder/results/results.json")
+import torch
+
+from adapter import FUNCTIONS
+from exercises import EXERCISES, Gone, StudentError, Wrong, attempt, explain
+from worker import decode, encode
+
 START = 300  # seconds for a worker to import torch; a cold disk can be slow
+LINE = 2**22  # characters of one message
+ENDED, LATE = "ended its process", "was stopped"
 
 # ------------------------------------------------------------------------------------------------
-# The worker: imports the student's file, runs the checks
+# The student's functions, which run elsewhere
 # ------------------------------------------------------------------------------------------------
 
 
-def work():
-    """Read a job from stdin, report through what was stdout."""
-    job = json.loads(sys.stdin.readline())
-    pipe = os.fdopen(os.dup(1), "w", encoding="ascii")  # processes that the student starts do not inherit it
+class Channel:
+    """Messages to and from a worker, as lines of JSON."""
 
-    def report(**message):
-        print(job["token"], json.dumps(message), file=pipe, flush=True)
+    def __init__(self, reader, writer):
+        self.reader, self.writer, self.lines = reader, writer, queue.Queue(maxsize=4)
+        threading.Thread(target=self.listen, daemon=True).start()
 
-    sys.dont_write_bytecode = True
-    import torch
+    def listen(self):
+        with contextlib.suppress(OSError, ValueError):  # closed
+            while (line := self.reader.readline(LINE)).endswith("\n"):
+                self.lines.put(line)
+        self.lines.put(None)
 
-    from adapter import Guard, load
-    from exercises import EXERCISES, attempt, explain
+    def send(self, **message):
+        with contextlib.suppress(OSError):  # if it is gone, nothing will come back
+            self.writer.write(json.dumps(message) + "\n")
+            self.writer.flush()
 
-    torch.set_num_threads(1)
-    chosen = [exercise for exercise in EXERCISES if job["only"] is None or exercise.number in job["only"]]
-    checks = {f"{exercise.number}.{i}": check
-              for exercise in chosen for i, check in enumerate(exercise.checks, start=1)}
-    report(exercises=[dict(number=exercise.number, title=exercise.title) for exercise in chosen],
-           checks=[dict(id=id, name=check.name, points=check.points) for id, check in checks.items()])
-    elsewhere = 2 if job["prints"] else os.open(os.devnull, os.O_WRONLY)
-    os.dup2(elsewhere, 1)
-    os.dup2(elsewhere, 2)
-    limit_memory(job["memory"])
-
-    guard = Guard()
-    try:
-        student = load(job["path"])
-    except BaseException as error:  # sys.exit, too
-        return report(failed=explain(error, path=job["path"]))
-    report(failed=None, changed=guard.restore())
-    for id in [id for id in checks if id not in job["done"]]:
-        report(check=id)
-        message = attempt(checks[id], student, job["seed"])
-        guard.restore()
-        report(result=id, message=message)
-        if not guard.clean():
-            return report(restart=True)
+    def receive(self, end):
+        """The next message, a dict; Gone if none comes until the time `end`."""
+        try:
+            line = self.lines.get(timeout=max(0, end - time.monotonic()))
+        except queue.Empty:
+            line = ""
+        if line is None:
+            self.lines.put(None)  # for whoever asks again
+            raise Gone(ENDED)
+        if time.monotonic() > end:
+            raise Gone(LATE)
+        try:
+            if isinstance(message := json.loads(line), dict):
+                return message
+        except (ValueError, RecursionError):
+            pass
+        raise Gone("wrote into the grader's pipe")
 
 
-def limit_memory(gigabytes):
-    """Let an allocation fail that would take this process beyond `gigabytes` more than it has: Linux only."""
-    try:
-        import resource
-        pages = int(Path("/proc/self/statm").read_text().split()[0])
-        limit = int(pages * resource.getpagesize() + gigabytes * 2**30)
-        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-    except (ImportError, OSError, ValueError):
-        pass  # elsewhere the time limit has to do
+class Student:
+    """A student's functions as attributes: each call is a message. `doing` is what is told of a check."""
+
+    def __init__(self, channel, timeout):
+        self.channel, self.timeout, self.doing, self.end = channel, timeout, "", 0.0
+        self.shared, self.turn = [], 0
+        self.attend, self.same = functools.partial(self.request, "attend", None), lambda: self.request("same")
+
+    def __getattr__(self, name):
+        if name not in FUNCTIONS:
+            raise AttributeError(name)
+        return functools.partial(Context, self) if name == "rectified" else functools.partial(
+            self.request, "call", name)
+
+    def begin(self):
+        """From here on, `timeout` seconds are left."""
+        self.doing, self.end = "", time.monotonic() + self.timeout
+
+    def load(self):
+        """Import the file; returns what this replaced in torch."""
+        self.begin()
+        return str(self.request("load"))
+
+    def reset(self):
+        """After a check, put torch back. False if that needs a new process."""
+        self.begin()
+        with contextlib.suppress(Gone, StudentError):
+            return self.request("reset") is True
+
+    def request(self, do, name=None, *args, **kwargs):
+        """Have the other side do something; functions among the arguments are called here, when it asks."""
+        self.shared, self.turn, refused = [], self.turn + 1, None
+        self.channel.send(do=do, name=name, args=[encode(x, self.share) for x in args],
+                          kwargs={key: encode(x, self.share) for key, x in kwargs.items()},
+                          inference=torch.is_inference_mode_enabled())
+        try:
+            while "ask" in (message := self.receive()):
+                try:
+                    self.channel.send(answer=encode(self.asked(**message), self.share))
+                except Wrong as error:  # the verdict stands, whatever the student's code makes of this error
+                    refused = refused or error
+                    self.channel.send(error=["RuntimeError", "the grader refused this call"])
+                except Exception as error:
+                    self.channel.send(error=[type(error).__name__, str(error)])
+            if refused:
+                raise refused
+            if "error" in message:
+                raise StudentError(**message["error"])
+            for x, left in zip([*args, *kwargs.values()], message.get("left", [])):
+                if left is not None and not torch.equal(x, left := decode(left)):
+                    x.copy_(left)  # it was changed in place
+            return decode(message["answer"])
+        except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, RecursionError) as error:
+            raise Gone("answered with something that the grader cannot read") from error
+
+    def receive(self):
+        message = self.channel.receive(self.end)
+        if message.pop("turn", None) != self.turn:
+            raise Gone("wrote into the grader's pipe")
+        return message
+
+    def share(self, x):
+        self.shared.append(x)
+        return len(self.shared) - 1
+
+    def asked(self, ask, number, args, kwargs):
+        x, args = self.shared[number], [decode(y) for y in args]
+        if ask == "call":
+            return x(*args, **{name: decode(y) for name, y in kwargs.items()})
+        x.__enter__() if ask == "enter" else x.__exit__(None, None, None)
+
+
+class Context:
+    """The student's `rectified`, entered and left on the other side."""
+
+    def __init__(self, student, *args, **kwargs):
+        self.student, self.args, self.kwargs = student, args, kwargs
+
+    def __enter__(self):
+        self.student.request("enter", None, *self.args, **self.kwargs)
+
+    def __exit__(self, kind, error, trace):
+        if kind is not Gone:
+            return self.student.request("leave", None, *([] if error is None else [str(error)])) is True
+
+
+# ------------------------------------------------------------------------------------------------
+# Their process
+# ------------------------------------------------------------------------------------------------
+
+
+class CannotStart(Exception):
+    """No worker could be started: the grader's own files are broken, or the user cannot be changed."""
 
 
 class Worker:
-    """A worker process, and the messages that it sends."""
+    """A process that runs a student's file; on leaving the context it is dead, with all that it started."""
 
-    def __init__(self, job):
-        token = secrets.token_hex(16)
-        self.process = subprocess.Popen([sys.executable, str(Path(__file__).resolve()), "--worker"],
-                                        stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True)
-        self.messages = queue.Queue()
-        threading.Thread(target=self.listen, args=(token.encode(),), daemon=True).start()
-        with contextlib.suppress(OSError), self.process.stdin as stdin:
-            stdin.write(json.dumps({**job, "token": token}).encode() + b"\n")
+    def __init__(self, path, memory, prints, user):
+        adopt()
+        self.before = children()
+        self.process = subprocess.Popen([sys.executable, str(Path(__file__).resolve().parent / "worker.py")],
+                                        stdin=subprocess.PIPE, stdout=subprocess.PIPE, encoding="ascii",
+                                        start_new_session=True)
+        self.channel = Channel(self.process.stdout, self.process.stdin)
+        self.channel.send(path=str(path), memory=memory, prints=prints, user=user)
 
-    def listen(self, token):
-        for line in self.process.stdout:
-            if line.startswith(token + b" "):
-                self.messages.put(json.loads(line[len(token):]))
-        self.messages.put(None)
-
-    def hear(self, seconds):
-        """(message, None), or (None, what went wrong) if none came."""
+    def __enter__(self):
         try:
-            message = self.messages.get(timeout=seconds)
-        except queue.Empty:
-            return None, f"was stopped after {seconds:g} s: is there a loop that does not end?"
-        if message is not None:
-            return message, None
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self.process.wait(timeout=5)
+            self.channel.receive(time.monotonic() + START)
+        except Gone as error:
+            self.stop()
+            raise CannotStart(f"the grader's own process {error} Can {sys.executable} import torch? "
+                              "Does --user have the right to read it?") from error
+        return self
+
+    def __exit__(self, *error):
+        self.stop()
+
+    def why(self, gone, timeout):
+        """Why nothing came back, for the student; the process is stopped."""
+        if str(gone) == ENDED:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.process.wait(timeout=5)
         status = self.stop()
-        why = "os._exit?" if status >= 0 else "a crash, such as endless recursion or too much memory?"
-        return None, f"ended its process with status {status}: {why}"
+        return {ENDED: f"ended its process with status {status}: " + (
+                    "os._exit?" if status >= 0 else "a crash, such as endless recursion or too much memory?"),
+                LATE: f"was stopped after {timeout:g} s: is there a loop that does not end?"
+                }.get(str(gone), str(gone))
 
     def stop(self):
-        """End the process, and those that it started."""
         if hasattr(os, "killpg"):
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(self.process.pid, signal.SIGKILL)
         self.process.kill()
-        return self.process.wait()
+        status = self.process.wait()
+        while left := children() - self.before:  # those of another group: adopted when their parent died
+            for child in left:
+                os.kill(child, signal.SIGKILL)
+                os.waitpid(child, 0)
+        return status
+
+
+def adopt():
+    """Become the parent of processes whose own parent ended (Linux only), so that none outlives the run."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)  # PR_SET_CHILD_SUBREAPER
+
+
+def children():
+    """The numbers of this process's children (Linux only)."""
+    found = set()
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            if int(path.read_text(errors="replace").rpartition(")")[2].split()[1]) == os.getpid():
+                found.add(int(path.parent.name))
+    return found
 
 
 # ------------------------------------------------------------------------------------------------
@@ -131,50 +245,45 @@ class Worker:
 # ------------------------------------------------------------------------------------------------
 
 
-class CannotStart(Exception):
-    """No worker could be started: torch is missing, or the grader's own files are broken."""
-
-
-def grade(path, seed=0, only=None, timeout=20.0, memory=4.0, prints=False):
+def grade(path, seed=0, only=None, timeout=20.0, memory=4.0, prints=False, user=None):
     """Grade the file at `path`: {exercises, checks (each with its message, None if it passed), note}."""
-    plan, messages, note = None, {}, ""
-    while plan is None or len(messages) < len(plan["checks"]):
-        worker = Worker(dict(path=str(path), seed=seed, only=only, memory=memory, prints=prints,
-                             done=list(messages)))
-        try:
-            plan, trouble = worker.hear(START)
-            if trouble:
-                raise CannotStart(f"the grader itself {trouble} Can {sys.executable} import torch?")
-            note = follow(worker, [check["id"] for check in plan["checks"]], messages, timeout)
-        finally:
-            worker.stop()
-    checks = [{**check, "message": messages[check["id"]]} for check in plan["checks"]]
-    return dict(exercises=plan["exercises"], checks=checks, note=note)
+    chosen = [exercise for exercise in EXERCISES if only is None or exercise.number in only]
+    checks = {f"{exercise.number}.{i}": check
+              for exercise in chosen for i, check in enumerate(exercise.checks, start=1)}
+    messages, note = {}, ""
+    while left := [id for id in checks if id not in messages]:
+        with Worker(path, memory, prints, user) as worker:
+            student = Student(worker.channel, timeout)
+            try:
+                changed = student.load()
+                note = f"importing the file replaced {changed}; this was undone" if changed else ""
+            except (Gone, StudentError) as error:
+                if isinstance(error, StudentError):
+                    note = f"the file could not be imported\n{explain(error)}"
+                else:
+                    note = (f"importing the file {worker.why(error, timeout)} It must only define things: "
+                            "run them below `if __name__ ...`")
+                messages.update(dict.fromkeys(left, note))
+            for id in [id for id in left if id not in messages]:
+                try:
+                    messages[id] = attempt(checks[id], student, seed)
+                except Gone as error:
+                    accident = str(error) in (ENDED, LATE)  # else somebody tries to speak for the grader
+                    for failed in [id] if accident else left:
+                        messages.setdefault(failed, f"this check {worker.why(error, timeout)}")
+                if len(messages) == len(checks) or not student.reset():
+                    break
+    return dict(exercises=[dict(number=exercise.number, title=exercise.title) for exercise in chosen],
+                checks=[dict(id=id, name=check.name, message=messages[id]) for id, check in checks.items()],
+                note=note)
 
 
-def follow(worker, ids, messages, timeout):
-    """Fill in `messages`, one for each id, until the worker ends; returns a note on the import."""
-    message, trouble = worker.hear(timeout)
-    if trouble or message["failed"]:
-        note = (f"importing the file {trouble} It must only define things: run them below `if __name__ ...`"
-                if trouble else f"the file could not be imported\n{message['failed']}")
-        messages.update({id: note for id in ids if id not in messages})
-        return note
-    changed = ", ".join(message["changed"])
-    note = f"importing the file replaced {changed}; this was undone" if changed else ""
-    running = None
-    while len(messages) < len(ids):
-        message, trouble = worker.hear(timeout)
-        if trouble:
-            left = [id for id in ids if id not in messages]
-            messages[running if running in left else left[0]] = f"this check {trouble}"
-            break
-        running = message.get("check", running)
-        if "result" in message:
-            messages.setdefault(message["result"], message["message"])
-        if "restart" in message:
-            break
-    return note
+def drawn_from(secret, student):
+    """A seed from a secret file and all files beside the student's: others for every change, and no luck."""
+    digest = hashlib.sha256(secret.read_bytes())
+    for path in sorted(path for path in student.parent.rglob("*") if path.is_file()):
+        digest.update(path.read_bytes())
+    return int.from_bytes(digest.digest()[:4], "big")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -182,12 +291,8 @@ def follow(worker, ids, messages, timeout):
 # ------------------------------------------------------------------------------------------------
 
 
-def scored(check):
-    return check["points"] if check["message"] is None else 0
-
-
 def total(checks):
-    return f"{sum(map(scored, checks)):>4} / {sum(check['points'] for check in checks)}"
+    return f"{sum(check['message'] is None for check in checks):>4} / {len(checks)}"
 
 
 def table(report, seed):
@@ -197,18 +302,16 @@ def table(report, seed):
         checks = [check for check in report["checks"] if check["id"].startswith(f"{exercise['number']}.")]
         lines.append(f"Exercise {exercise['number']}: {exercise['title']}".ljust(64) + total(checks))
         for check in checks:
-            message = check["message"]
-            verdict = "ok  " if message is None else "FAIL"
-            lines.append(f"  {verdict} {scored(check)}/{check['points']}  {check['name']}")
-            if message and message != report["note"]:
-                lines += ["            " + line for line in message.splitlines()]
+            lines.append(f"  {'ok  ' if check['message'] is None else 'FAIL'}  {check['name']}")
+            if check["message"] and check["message"] != report["note"]:
+                lines += ["            " + line for line in check["message"].splitlines()]
     lines.append("Total".ljust(64) + total(report["checks"]) + f"   (seed {seed})")
     return "\n".join(lines + ["", *report["note"].splitlines()] * bool(report["note"]))
 
 
 def gradescope(report, seconds):
     """The report in the format of Gradescope's results.json."""
-    tests = [dict(name=check["name"], number=check["id"], score=scored(check), max_score=check["points"],
+    tests = [dict(name=check["name"], number=check["id"], score=int(check["message"] is None), max_score=1,
                   status="passed" if check["message"] is None else "failed", output=check["message"] or "",
                   visibility="visible", tags=[f"exercise {check['id'].split('.')[0]}"])
              for check in report["checks"]]
@@ -227,14 +330,15 @@ def arguments():
     add = parser.add_argument
     add("student", type=Path, help="the student's file")
     add("--seed", type=int, default=0, help="draws the inputs; hidden tests are the same with other seeds")
+    add("--secret", type=Path, metavar="FILE",
+        help="draw the seed from this file and from those beside the student's: new inputs for every change")
     add("--only", type=int, nargs="+", choices=range(1, 8), metavar="N",
         help="these exercises alone, of 1 to 7")
     add("--timeout", type=float, default=20.0, help="seconds for each check, and for importing the file (20)")
     add("--memory", type=float, default=4.0, help="GiB that the student's code may take, on Linux (4)")
+    add("--user", type=int, metavar="N", help="run the student's code as the user of this number; needs root")
     add("--prints", action="store_true", help="show what the student's code prints (on stderr)")
     add("--json", type=Path, metavar="FILE", help="write Gradescope's results there")
-    add("--gradescope", action="store_const", dest="json", const=GRADESCOPE,
-        help=f"the same as --json {GRADESCOPE}")
     return parser
 
 
@@ -245,18 +349,21 @@ def main(argv=None):
         parser.error(f"--timeout {options.timeout:g} and --memory {options.memory:g} must be above 0")
     if options.seed < 0:
         parser.error(f"--seed {options.seed} must not be negative")
+    if options.user is not None and (options.user <= 0 or not hasattr(os, "geteuid") or os.geteuid() != 0):
+        parser.error(f"--user {options.user} must be above 0, and needs root")
     if not options.student.is_file():
         if options.json:  # else Gradescope would show no reason
             write(options.json, dict(score=0, output=f"there is no file {options.student.name}", tests=[]))
         parser.error(f"there is no file {options.student}")
-    began = time.monotonic()
+    began, student = time.monotonic(), options.student.resolve()
+    seed = drawn_from(options.secret, student) if options.secret else options.seed
     try:
-        report = grade(options.student.resolve(), options.seed, options.only, options.timeout, options.memory,
-                       options.prints)
+        report = grade(student, seed, options.only, options.timeout, options.memory, options.prints,
+                       options.user)
     except CannotStart as error:
         print(error, file=sys.stderr)
         return 1
-    print(table(report, options.seed))
+    print(table(report, seed))
     if options.json:
         try:
             write(options.json, gradescope(report, time.monotonic() - began))
@@ -267,4 +374,4 @@ def main(argv=None):
 
 if __name__ == "__main__":
     sys.stdout.reconfigure(errors="backslashreplace")  # a student's messages may hold any character
-    sys.exit(work() if sys.argv[1:] == ["--worker"] else main())
+    sys.exit(main())
