@@ -1,9 +1,9 @@
-"""What ERG looks at, measured on any model: figures 5, 6 and 7, and layers without a search.
+"""What ERG looks at, measured on any model: figures 5, 6 and 7, and what each layer does.
 
     for layer in attention_certainty(model, x, t, condition): print(layer)         # figure 7
     difference_norms(model, noise, condition, settings, negative)                  # figure 6
     velocity_variances(model, noise, condition, null, weak)                        # figure 5
-    layers = fading_layers(layer_effects(model, noise, condition))                 # our rule for the layers
+    for effect in layer_effects(model, noise, condition): print(effect)            # of ranges of layers
 
 All of it runs through erg.py's rectifier, so it works wherever that does.
 Shapes: B batch, H heads, S queries, N keys, D head dimension.
@@ -100,7 +100,7 @@ def velocity_variances(model, noise, condition, null, weak):
             "conditional null": (v - v_null).var(0), "conditional weak": (v - v_weak).var(0)}
 
 
-# ---- Layers without a search -------------------------------------------------------------------------------
+# ---- Layers ------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -143,17 +143,3 @@ def layer_effects(model, noise, condition, tau=0.01, queries=None, times=(0.3, 0
                 size.append((norm(orthogonal) / norm(v)).mean().item())
             effects.append(Effect(range(start, end), *size))
     return effects
-
-
-def fading_layers(effects):
-    """Our rule: of the ranges whose effect is no larger late than early, the one of the largest early effect.
-
-    Guidance then acts while the picture is still open, and lets go when only its details are left. Where the
-    effect of every range grows, the one that grows least. In an earlier, small measurement it ranked 2nd and
-    6th of 36 ranges, but 8th and 32nd on two checkpoints that it had not seen. Try it; don't trust it.
-    """
-    if not effects:
-        raise ValueError("effects is empty; layer_effects makes them")
-    fading = [e for e in effects if e.late <= e.early]
-    best = max(fading, key=lambda e: e.early) if fading else min(effects, key=lambda e: e.late / e.early)
-    return best.layers

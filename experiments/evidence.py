@@ -53,16 +53,11 @@ class Scale:
     search_seeds: tuple = (1000, 1001)
     more: tuple = (None, 0)  # a checkpoint and task with more images
 
-    def of(self, name):
-        """That of an image set; a model of photographs is 25 times as large."""
-        return PHOTOGRAPHS if name == "cifar10" else self
-
     def images_of(self, study):
         return self.more[1] if study[2:] + study[1:2] == self.more[0] else self.images
 
 
 FULL = Scale(2000, 640, 480, 16, more=(("mnist", "text"), 4000))
-PHOTOGRAPHS = Scale(2000, 160, 80, 8, (1.25, 1.5, 2.0, 3.0))
 QUICK = Scale(160, 80, 80, 4, (1.25, 2.0), seeds=(0, 1))
 
 # ---- What is compared --------------------------------------------------------------------------------------
@@ -168,13 +163,12 @@ def prompt_of(task):
 
 def choose(studies, plans, scale, collect):
     """{study: {label: (best variant, best w, the whole search)}}: variants first, then w."""
-    def run(study, row, variant, w, size):
-        own = scale.of(study[0])
+    def run(study, row, variant, w, images):
         parameters = row.fixed | variant | ({} if row.method == "none" else dict(w=w))
-        return Run(study[2], prompt_of(study[1]), row.method, parameters, list(own.search_seeds),
-                   getattr(own, size), own.steps, blocks=False)
+        return Run(study[2], prompt_of(study[1]), row.method, parameters, list(scale.search_seeds), images,
+                   scale.steps, blocks=False)
 
-    tried = {(s, label): [run(s, row, v, scale.probe, "variants") for v in row.variants]
+    tried = {(s, label): [run(s, row, v, scale.probe, scale.variants) for v in row.variants]
              for s in studies for label, row in plans[s].items() if len(row.variants) > 1 and not row.like}
     rows, variant = collect([r for group in tried.values() for r in group], "layers and the like"), {}
     best = lambda group: min(range(len(group)), key=lambda i: value(rows[group[i]], "frechet"))
@@ -183,8 +177,8 @@ def choose(studies, plans, scale, collect):
     for s in studies:
         for label, row in plans[s].items():
             variant.setdefault((s, label), variant.get((s, row.like), {}) | row.variants[0])
-    grid = {(s, label): [run(s, row, variant[s, label], w, "search")
-                         for w in (scale.of(s[0]).weights if row.method != "none" else (1.0,))]
+    grid = {(s, label): [run(s, row, variant[s, label], w, scale.search)
+                         for w in (scale.weights if row.method != "none" else (1.0,))]
             for s in studies for label, row in plans[s].items() if not row.w_of}
     rows = collect([r for group in grid.values() for r in group], "w")
     chosen = {s: {} for s in studies}
@@ -229,9 +223,8 @@ def report(studies, plans, chosen, scale, collect):
         for label, row in plans[s].items():
             variant, w, _ = chosen[s][label]
             parameters = row.fixed | variant | ({} if row.method == "none" else dict(w=w))
-            own = scale.of(s[0])
-            wanted[s, label] = Run(s[2], prompt_of(s[1]), row.method, parameters, list(own.seeds),
-                                   own.images_of(s), own.steps)
+            wanted[s, label] = Run(s[2], prompt_of(s[1]), row.method, parameters, list(scale.seeds),
+                                   scale.images_of(s), scale.steps)
     rows, result = collect(list(wanted.values()), "report"), []
     for s in studies:
         found = {}

@@ -8,8 +8,7 @@ from torch import nn
 
 import erg
 from conftest import random_model
-from experiments.diagnostics import (Effect, attention_certainty, difference_norms, fading_layers,
-                                     layer_effects, velocity_variances)
+from experiments.diagnostics import attention_certainty, difference_norms, layer_effects, velocity_variances
 
 
 class Attend(nn.Module):
@@ -78,7 +77,7 @@ def test_velocity_variances_of_a_known_model():
     assert {name: v.item() for name, v in variances.items()} == pytest.approx(known, rel=0.05)
 
 
-# ---- Layers and kappa without a search ---------------------------------------------------------------------
+# ---- Layers ------------------------------------------------------------------------------------------------
 
 
 def test_effects_are_those_of_rectified_forwards():
@@ -100,10 +99,3 @@ def test_effects_are_those_of_rectified_forwards():
     assert len(layer_effects(model, noise, c, steps=4, times=(0.25, 0.5), longest=1)) == 3
     restricted = layer_effects(model, noise, c, tau=0.1, steps=4, times=(0.25, 0.5), queries=slice(0, 4))
     assert all(a.early != b.early for a, b in zip(effects, restricted))
-
-
-def test_the_fading_rule():
-    """The largest early effect among ranges that do not grow; the least growth where all do."""
-    a, b, c = Effect(range(0, 1), 0.3, 0.4), Effect(range(1, 2), 0.2, 0.1), Effect(range(2, 3), 0.1, 0.02)
-    assert fading_layers([a, b, c]) == range(1, 2)
-    assert fading_layers([a, Effect(range(3, 4), 0.1, 0.2)]) == range(0, 1)

@@ -16,8 +16,7 @@ from torch import nn
 import erg
 from conftest import WORDS, check, random_model
 from experiments import runs
-from experiments.diagnostics import (attention_certainty, difference_norms, fading_layers, layer_effects,
-                                     velocity_variances)
+from experiments.diagnostics import attention_certainty, difference_norms, layer_effects, velocity_variances
 from experiments.rivals import (Rewired, SmoothedAttention, autoguidance, gaussian_blur, identity_attention, make_icg, pag, s2,
                                 seg, self_guidance, tsg)
 from experiments.statistics import difference, equivalence, jackknife, mcnemar, t_below, t_quantile
@@ -168,7 +167,7 @@ EXPERIMENTS = [
     (lambda: Rewired(2.0, identity_attention, [2], kappa=NAN), "kappa=nan"),
     *table(lambda guidance: guidance(MODEL, X, 0.6, CONDITION), (pag(2.0, [6]), "layer 6"), (pag(2.0, []), "layers=[]"),
            (pag(2.0, [2], slice(0, 23)), "queries=slice"), (seg(2.0, [2], 5), "side=5")),
-    (lambda: attention_certainty(MODEL, X, 0.5, CONDITION, threshold=2), "threshold=2"), (lambda: fading_layers([]), "effects is empty"),
+    (lambda: attention_certainty(MODEL, X, 0.5, CONDITION, threshold=2), "threshold=2"),
     (lambda: velocity_variances(MODEL, X[:1], NULL, NULL, NULL), "1 samples"),
     (lambda: layer_effects(MODEL, X, CONDITION, times=(0.9, 0.3)), "times=(0.9, 0.3)"), (lambda: layer_effects(MODEL, X, CONDITION, steps=1), "steps=1"),
     (lambda: difference_norms(MODEL, X, CONDITION, erg.ERG(w=2.0, apg=erg.APG()), NULL), "no apg"), (lambda: difference([1], [2]), "at least 2 pairs"),
