@@ -82,12 +82,13 @@ RULES = """Written before anything was sampled. Each claim is one difference of 
 """
 
 
-DEVIATIONS = """Otherwise than planned: CIFAR-10 was not measured. Its search and rows are 1.2 million evaluations of a
+DEVIATIONS = """\
+Otherwise than planned: CIFAR-10 was not measured. Its search and rows are 1.2 million evaluations of a
 model that is 25 times as large, 7 hours of two cores; [10,000 images](../weights/README.md#cifar-10) at
-settings that were not searched have CFG far ahead. The search, and most rows of the shipped MNIST model with
-full captions, ran on a GPU in float32; the other rows, and AutoGuidance, on a CPU in bfloat16. AutoGuidance's
-weak models without caption dropout are from another run of the same recipe. ERG + APG had one norm threshold,
-5, where APG could choose between 5 and 2; it chose 5 every time.
+settings that were not searched have CFG far ahead. The search, and most rows of the shipped MNIST model
+with full captions, ran on a GPU in float32; the other rows, and AutoGuidance, on a CPU in bfloat16.
+AutoGuidance's weak models without caption dropout are from another run of the same recipe. ERG + APG had
+one norm threshold, 5, where APG could choose between 5 and 2; it chose 5 every time.
 
 Density depends on the number of images and of neighbours, which the intervals do not cover. The verdicts on
 density are for these numbers alone; [with others](results/stability.md) they can differ.

@@ -21,11 +21,6 @@ from toy.sampling import choose_device, describe
 IMAGES, NEIGHBOURS, LABELS = (250, 500, 1000, 2000), (3, 5, 10), ("CFG", "C-ERG", "ERG")
 
 
-def parts(features, n):
-    """Disjoint parts of n rows each."""
-    return [features[i::len(features) // n] for i in range(len(features) // n)]
-
-
 def tables(name, rows, device):
     """Markdown for an image set: ERG - CFG and C-ERG - CFG, and real against real images."""
     n, features = max(IMAGES), {}
@@ -41,12 +36,12 @@ def tables(name, rows, device):
         for k in NEIGHBOURS:
             density = lambda real, fake: precision_recall_density_coverage(real, fake, k)["density"]
             gaps = [density(r, ours) - density(r, cfg) for r, ours, cfg
-                    in zip(*(parts(y, size) for y in (real, features[label], features["CFG"])))]
+                    in zip(*(y.split(size) for y in (real, features[label], features["CFG"])))]
             cells.append(f"{sum(gaps) / len(gaps):+.3f}")
         lines.append(f"| {label} - CFG, {size:,} images | {' | '.join(cells)} |")
     levels = []
     for size in IMAGES:
-        pairs = [frechet_distance(r, a) for r, a in zip(parts(real, size), parts(again, size))]
+        pairs = [frechet_distance(r, a) for r, a in zip(real.split(size), again.split(size))]  # all classes
         levels.append(f"{sum(pairs) / len(pairs):.3f} ({size:,})")
     return [*lines, "", f"Frechet distance of other real images, not extrapolated: {', '.join(levels)}.", ""]
 

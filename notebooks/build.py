@@ -1,6 +1,6 @@
 """Run the notebooks' sources (NAME.py) and write them, with their figures, to NAME.ipynb.
 
-    python notebooks/build.py                 # all four, in full: about 3 minutes on two CPU cores
+    python notebooks/build.py                 # all, in full: about 3 minutes on two CPU cores
     python notebooks/build.py 3_transformer   # one
     python notebooks/build.py --stamp --repository https://...    # what a reader elsewhere (Colab) fetches
 
@@ -9,7 +9,6 @@ The stamp is in the first cell: the repository's address, and the commit of the 
 import argparse
 import base64
 import io
-import os
 import re
 import subprocess
 import sys
@@ -19,6 +18,8 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 SOURCES = sorted(HERE.glob("[0-9]_*.py"))
 CODE = ["erg.py", "tiny_dit.py", "toy", "experiments", "examples", "weights", "data", "notebooks/drawing.py"]
+FOLDED = {"jupyter": {"source_hidden": True}, "cellView": "form"}  # for JupyterLab, and for Colab
+WIDGET = "application/vnd.jupyter.widget-view+json"
 STAMP = re.compile(r'^REPOSITORY, COMMIT = "(.*)", "(.*)"$', re.M)
 
 
@@ -58,7 +59,10 @@ def run(path, timeout=600):
     kernel = {"display_name": "Python 3", "language": "python", "name": "python3"}
     notebook.metadata = {"kernelspec": kernel, "language_info": {"name": "python"}}
     for i, cell in enumerate(notebook.cells):
-        cell.metadata, cell["id"] = {}, f"cell-{i}"  # no times: a build without changes changes nothing
+        folded = "cellView" in cell.metadata  # all else goes, times too: a build without changes changes nothing
+        cell.metadata, cell["id"] = dict(FOLDED) if folded else {}, f"cell-{i}"
+        if cell.cell_type == "code":  # sliders without a kernel are dead
+            cell.outputs = [output for output in cell.outputs if WIDGET not in output.get("data", ())]
         for shown in (output["data"] for output in cell.get("outputs", ()) if "data" in output):
             if "image/png" in shown:
                 shown["image/png"] = smaller(shown["image/png"])
@@ -82,7 +86,6 @@ def main(argv=None):
     chosen = [path for path in SOURCES if not options.names or path.stem in options.names]
     if options.stamp:
         stamp(SOURCES, options.repository)
-    os.environ.update(ERG_GRID="1")  # pictures in the place of sliders, which a page cannot show
     for path in chosen:
         print(f"{path.stem}: {run(path):.0f} s", flush=True)
 
