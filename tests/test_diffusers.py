@@ -184,7 +184,7 @@ def test_bad_input_leaves_the_model_as_it_was(name):
 
 
 @pytest.mark.parametrize("name, blocks", [("Flux", False), ("DiT", False), ("SD 1.5", False),
-                                          ("SD3.5 with QK-norm", True), ("Flux", True)])
+                                          ("SD3.5 with QK-norm", True)])
 @torch._dynamo.config.patch(recompile_limit=32)  # blocks: a graph for each layer
 def test_compiled(name, blocks):
     """Compiled as a whole or block by block, without a graph break, rectified models agree; blocks warn."""

@@ -407,25 +407,28 @@ def test_all_of_it_from_the_runs_to_the_verdicts(tmp_path, monkeypatch):
 
 
 def test_density_of_parts(monkeypatch):
-    """A cell is the mean gap in density over disjoint parts, here counted ball by ball."""
+    """A cell is the mean gap in density over parts of all classes, here counted ball by ball."""
     monkeypatch.setattr(stability, "IMAGES", (40, 80))
     monkeypatch.setattr(stability, "NEIGHBOURS", (3,))
-    rows = {label: dict(method=method, parameters=p) for label, method, p in (
-        ("CFG", "cfg", dict(w=2.0)), ("C-ERG", "c-erg", dict(w=2.0, tau_c=0.3)),
-        ("ERG", "erg", dict(w=2.0, tau_i=0.01, tau_c=0.3, kappa=0.2, layers=[1])))}
-    text = "\n".join(stability.tables("digits", rows, "cpu"))
-    real, gaps = runs.real_features("digits", 80)[0], {}
-    for label, row in rows.items():
-        x, _ = runs.sample_run(
-            runs.Run("digits", "text", row["method"], row["parameters"], [0, 1, 2, 3], 80, 16))
-        fake, found = metrics.features_of(runs.checkpoint("digits")[1], x).double(), []
+    source, seen = data.load("digits", split="train"), {}
+    for i, label in enumerate(("CFG", "C-ERG", "ERG")):  # other real digits in the place of samples
+        seen[label], *_ = source.draw(torch.arange(80 * i, 80 * (i + 1)), torch.Generator().manual_seed(i))
+    monkeypatch.setattr(runs, "sample_run", lambda run, device: (seen[run.parameters["label"]], None))
+    monkeypatch.setattr(runs.Run, "__post_init__", lambda self: None)
+    text = "\n".join(stability.tables("digits", {y: dict(method="cfg", parameters=dict(label=y)) for y in seen}, "cpu"))
+    classifier, gaps = runs.checkpoint("digits")[1], {}
+    real, _ = runs.real_features("digits", 80)
+    for label, x in seen.items():
+        fake, found = metrics.features_of(classifier, x).double(), []
         for part in (0, 1):
             r, f = real[40 * part:][:40], fake[40 * part:][:40]
             radii = [sorted((a - b).norm() for b in r)[3] for a in r]
             found.append(sum((a - b).norm() < radius for a, radius in zip(r, radii) for b in f).item() / 120)
         gaps[label] = sum(found) / 2
     for label in ("C-ERG", "ERG"):
-        assert f"| {label} - CFG, 40 images | {gaps[label] - gaps['CFG']:+.3f} |" in text
+        assert f"| {label} - CFG, 40 images | {gaps[label] - gaps['CFG']:+.3f} |" in text and gaps[label] != gaps["CFG"]
+    levels = [metrics.frechet_distance(*pair) for pair in zip(real.split(40), runs.real_features("digits", 80, "again")[0].split(40))]
+    assert f"{sum(levels) / 2:.3f} (40)" in text
 
 
 def test_two_processes_find_what_one_finds(tmp_path):

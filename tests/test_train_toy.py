@@ -317,8 +317,8 @@ def test_cifar10_trains_from_official_files(tmp_path, monkeypatch):
     recipe = dataclasses.replace(train_toy.RECIPES["cifar10"], model=small)
     monkeypatch.setitem(train_toy.RECIPES, "cifar10", recipe)
     options = dict(dataset="cifar10", data_dir=str(tmp_path), out=str(tmp_path), **{**SMALL, "classifier_iterations": 1})
-    table = train_toy.main(iterations=20, **options)
-    assert train_toy.main(iterations=20, resume=True, **options) == table
+    table = train_toy.main(iterations=16, **options)
+    assert train_toy.main(iterations=16, resume=True, **options) == table
     _, classifier, *_ = load_checkpoint(tmp_path / "cifar10.pt")
     assert classifier.network == "residual" and classifier(torch.zeros(2, 3, 32, 32))[0].shape == (2, 10)
     images = sample_toy.main(prompt="a horse", dataset="cifar10", out=str(tmp_path), count=2, steps=2)
