@@ -462,3 +462,7 @@ def test_the_committed_pages_follow_from_the_committed_numbers():
     assert (evidence.RESULTS / "evidence.md").read_text() == evidence.markdown(record)
     page = (evidence.RESULTS.parent / "CLAIMS.md").read_text()
     assert page == claims.page(record["studies"]) and page.count("\n| ") == len(claims.PRIMARY) + 1
+    rows = [line.split("|") for line in (evidence.RESULTS / "stability.md").read_text().splitlines() if " - CFG" in line]
+    for _, name, few, _, many, _ in rows:  # what CLAIMS.md says of density
+        assert float(many) > 0 and ("250" not in name or float(few) > 0) and ("2,000" not in name or float(few) < 0)
+    assert len(rows) == 16
